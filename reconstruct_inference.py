@@ -1017,14 +1017,13 @@ def open_output(path: Path) -> Iterator[BinaryIO]:
         ReconstructionError: it cannot be written.
     """
     try:
+        if os.path.isdir(path) or not os.path.basename(path):
+            raise IsADirectoryError(None, "it is a folder")
         with contextlib.suppress(FileNotFoundError):
-            mode = os.stat(path).st_mode
-            if descriptor_of(path) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            if descriptor_of(path) is not None or not stat.S_ISREG(os.stat(path).st_mode):
                 with open_path(path, "wb") as file:
                     yield file
                 return
-            if stat.S_ISDIR(mode):
-                raise IsADirectoryError(None, "it is a folder")
         target = os.path.realpath(path)  # of a symbolic link, what it points to is replaced
         folder = os.path.dirname(target)
         os.makedirs(folder, exist_ok=True)
