@@ -19,6 +19,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -609,34 +610,45 @@ def locate_stores(lmdb_path: Path) -> tuple[list[str], str]:
     return [inside, beside] if path.endswith("/") else [beside, inside], folder
 
 
-# What salvage knows of LMDB's files, from mdb.c and lmdb.verify. A node is the data size's low
-# and high half, flags and key size, then key and value; where the flags say so, the value is
-# the number of the page where the real one begins, after that page's header. The header has 16
-# bytes in files of LMDB 0.9 and 24 in those of 1.0. All of it is little-endian on the machines
-# that models run on. Page 0 and page 1 are meta pages: magic number right after the header,
-# page size 24 bytes further on.
-HASH_LENGTH = 64
-NODE_HEADER = struct.Struct("<4H")
-NODE_KEY = re.compile(re.escape(HASH_LENGTH.to_bytes(2, "little")) + rb"([0-9a-f]{64})")
-LONG_VALUE = 0x01
+# What is known here of LMDB's files, from mdb.c and lmdb.verify; all of it little-endian, as on
+# the machines that models run on.
+#
+# A page begins with a header of 16 bytes in files of LMDB 0.9, 24 in those of 1.0; its last six
+# are flags, and how far the offsets reach of the page's nodes, which follow the header. A node
+# is the data size's low and high half, flags and key size, then key and value; where the flags
+# say so, the value is the number of the page where the real one begins, after its header. In a
+# branch page the first three make the number of the child page. Pages 0 and 1 are meta pages,
+# written in turn: what follows their header is laid out as in META.
 PAGE_HEADER_SIZES = (16, 24)
 PAGE_SIZES = [1 << power for power in range(8, 17)]
 USUAL_PAGE_SIZE = 4096
-META_MAGIC = 0xBEEFC0DE.to_bytes(4, "little")
+LEAF_PAGE = 0x02
+NODE_HEADER = struct.Struct("<4H")
+LONG_VALUE = 0x01
+HASH_LENGTH = 64
+NODE_KEY = re.compile(re.escape(HASH_LENGTH.to_bytes(2, "little")) + rb"([0-9a-f]{64})")
+META_MAGIC = 0xBEEFC0DE
+META = struct.Struct("<I20xI76xQQ8xQ")  # magic, page size, entries, root page, transaction number
+MAX_DEPTH = 32
+EMPTY_TREE = (1 << 64) - 1  # in the place of the root page
 SCAN_BLOCK = 1 << 16  # bytes: a multiple of every page size, so that no node crosses its end
 
 
-def find_page_size(file: BinaryIO) -> int:
-    """The page size of an LMDB file in bytes, from whichever meta page is left, else the usual one."""
-    # The second page's word first: being found where it says pages begin, it proves itself.
-    for start in (*PAGE_SIZES, 0):
-        for header in PAGE_HEADER_SIZES:
-            with contextlib.suppress(OSError):
-                meta = FileSlice(file, start + header, 28)[:]
-                size = int.from_bytes(meta[24:], "little")
-                if meta.startswith(META_MAGIC) and size in (PAGE_SIZES if start == 0 else [start]):
-                    return size
-    return USUAL_PAGE_SIZE
+Meta = collections.namedtuple("Meta", "transaction root entries page_size header_size")
+
+
+def read_metas(file: BinaryIO) -> list[Meta]:
+    """What stands in the meta pages that can still be made out, the page at the start first."""
+    metas = []
+    for start in (0, *PAGE_SIZES):
+        for header_size in PAGE_HEADER_SIZES:
+            with contextlib.suppress(OSError, struct.error):
+                content = FileSlice(file, start + header_size, META.size)[:]
+                magic, page_size, entries, root, transaction = META.unpack(content)
+                # The second one is known to lie where the second page begins, and so proves itself.
+                if magic == META_MAGIC and page_size in (PAGE_SIZES if start == 0 else [start]):
+                    metas.append(Meta(transaction, root, entries, page_size, header_size))
+    return metas
 
 
 class AlreadyOpen(ReconstructionError):
@@ -654,7 +666,8 @@ class Store:
         AlreadyOpen: this process has it open.
     """
 
-    ATTEMPTS = 3  # at checking, or at salvaging, a store that changes meanwhile
+    CHECKS = 3  # of a store that changes meanwhile
+    READS = 100  # of an entry, where a logger may write over what is being read
 
     def __init__(self, folder: str, report: Report) -> None:
         self.path = os.path.join(folder, "data.mdb")
@@ -663,6 +676,8 @@ class Store:
         self._env: lmdb.Environment | None = None
         self._txn: lmdb.Transaction[memoryview] | None = None
         self._locked = False
+        self._live = False
+        self._nodes: dict[bytes, list[int]] = {}  # where the nodes of a hash lie in the file
         try:
             # Looked at before it is opened, since opening a pipe would wait for ever.
             if not stat.S_ISREG(os.stat(self.path).st_mode):
@@ -687,7 +702,11 @@ class Store:
     @property
     def entries(self) -> int:
         """How many entries the store holds; of a salvaged one, how many hashes were found."""
-        return self._txn.stat()["entries"] if self._txn else len(self._nodes)
+        if self._txn:
+            return self._txn.stat()["entries"]
+        if self._live:
+            return max(read_metas(self._file)).entries
+        return len(self._nodes)
 
     def load(self, prompt_hash: str, prompt: str) -> Entry | None:
         """The entry logged for `prompt`, or None where the store has none under its hash.
@@ -695,15 +714,17 @@ class Store:
         Raises:
             CorruptedEntry: there is one, but it cannot be used.
         """
-        if not self._locked and self._overtaken():
-            self._salvage("a logger is writing to it, and its lock.mdb cannot be used")
+        if self._txn and not self._locked and self._overtaken():
+            self._read_live()
+        if self._live:
+            return self._load_live(prompt_hash, prompt)
         if not self._txn:
             return self._load_newest(prompt_hash, prompt)
         try:
             value = self._txn.get(prompt_hash.encode())
         except lmdb.Error as error:
             self._salvage(error.reason)
-            return self._load_newest(prompt_hash, prompt)
+            return self.load(prompt_hash, prompt)
         if not self._locked and self._overtaken():
             return self.load(prompt_hash, prompt)
         return None if value is None else read_entry(value, prompt)
@@ -713,6 +734,8 @@ class Store:
         if self._txn and (self._locked or not self._overtaken()):
             values: Iterator[Value] = self._txn.cursor().iternext(keys=False)
         else:
+            if not self._nodes:
+                self._scan()
             values = (value for nodes in self._nodes.values() for value in self._values_at(nodes[-1]))
         for value in values:
             with contextlib.suppress(CorruptedEntry):
@@ -752,7 +775,7 @@ class Store:
 
     def _check(self, env: lmdb.Environment) -> str | None:
         """What is wrong with the store's file, None where nothing is."""
-        for _ in range(self.ATTEMPTS):
+        for _ in range(self.CHECKS):
             info = env.info()
             pages = os.fstat(self._file.fileno()).st_size // env.stat()["psize"]
             if pages <= info["last_pgno"]:
@@ -766,17 +789,16 @@ class Store:
                 self._report.detail(f"{shown(self.path)}: sound, read through lmdb {how} a reader lock")
                 return None
             if env.info()["last_txnid"] == info["last_txnid"]:
-                break  # else a commit fell into the check, which may have seen half of it
-        return problems[0]
+                return problems[0]
+        # Commits fell into the checks. Without a lock they have overtaken us, as `load` will find.
+        return problems[0] if self._locked else None
 
     def _overtaken(self) -> bool:
         """Whether, without a reader lock, pages of our snapshot may have been written over.
 
-        LMDB reuses a page in the second commit after the one that freed it, at the earliest.
+        LMDB writes over a page in the second commit after the one that freed it, at the earliest.
         """
-        if not self._txn or not self._env:
-            return False
-        return self._env.info()["last_txnid"] > self._txn.id() + 1
+        return bool(self._env and self._txn and self._env.info()["last_txnid"] > self._txn.id() + 1)
 
     def _close_lmdb(self) -> None:
         if self._txn:
@@ -785,16 +807,63 @@ class Store:
             self._env.close()
         self._txn = self._env = None
 
+    # Without a lock, while a logger writes.
+
+    def _read_live(self) -> None:
+        """From now on follows the tree in the file itself, since lmdb would trust pages as they change."""
+        self._close_lmdb()
+        self._live = True
+        self._report.say(
+            f"{shown(self.path)}: a logger writes to it, and its lock.mdb cannot be used; this takes longer"
+        )
+
+    def _load_live(self, prompt_hash: str, prompt: str) -> Entry | None:
+        for _ in range(self.READS):
+            meta = max(read_metas(self._file), default=None)
+            entry = trouble = None
+            try:
+                if meta and meta.root != EMPTY_TREE:
+                    node = self._find_node(meta, prompt_hash.encode())
+                    entry = node and self._read_newest([node], prompt)
+            except CorruptedEntry as error:
+                trouble = error
+            # As long as this meta page is not written over, none of the pages below it is.
+            if meta in read_metas(self._file):
+                if trouble:
+                    raise trouble
+                return entry
+        raise CorruptedEntry("a logger writes faster than it can be read")
+
+    def _find_node(self, meta: Meta, key: bytes) -> int | None:
+        """Follows the tree to the node of `key`; returns the node's offset in the file."""
+        page, self._page_size, header_size = meta.root, meta.page_size, meta.header_size
+        self._size = os.fstat(self._file.fileno()).st_size
+        base = 0 if header_size == PAGE_HEADER_SIZES[0] else header_size  # what offsets count from
+        try:
+            for _ in range(MAX_DEPTH):
+                start = page * self._page_size
+                content = FileSlice(self._file, start, self._page_size)[:]
+                flags, end = struct.unpack_from("<HH", content, header_size - 6)
+                for position in range(header_size, base + end, 2):
+                    node = base + int.from_bytes(content[position : position + 2], "little")
+                    low, middle, high, key_size = NODE_HEADER.unpack_from(content, node)
+                    node_key = content[node + NODE_HEADER.size :][:key_size]
+                    if flags == LEAF_PAGE and node_key == key:
+                        return start + node
+                    if flags != LEAF_PAGE and (position == header_size or node_key <= key):
+                        page = low | middle << 16 | high << 32
+                if flags == LEAF_PAGE:
+                    return None
+        except (struct.error, OSError, OverflowError) as error:
+            raise CorruptedEntry(f"the tree above it is damaged: {error}") from None
+        raise CorruptedEntry("the tree above it is too deep")
+
     # By salvage.
 
     def _salvage(self, damage: str) -> None:
         """Finds the entries in the file without following its tree."""
         self._close_lmdb()
-        self._nodes: dict[bytes, list[int]] = {}  # where the nodes of a hash lie in the file
-        self._scans = 0
         self._scan()
-        if self._has_changed():
-            self._scan()  # what a live logger moved from ahead of the first walk to behind it
         if not self._nodes:
             raise StoreError(f"{damage}; nothing in it looks like an entry")
         self._report.say(f"{shown(self.path)}: {damage}; {len(self._nodes)} entries found by salvage")
@@ -805,10 +874,9 @@ class Store:
         Which pages are in use, and as what, is not asked: old versions of an entry turn up as
         well, and `_load_newest` chooses.
         """
-        self._scans += 1
-        status = os.fstat(self._file.fileno())
-        self._size, self._changed_at = status.st_size, status.st_mtime_ns
-        self._page_size = find_page_size(self._file)
+        metas = read_metas(self._file)
+        self._page_size = metas[-1].page_size if metas else USUAL_PAGE_SIZE
+        self._size = os.fstat(self._file.fileno()).st_size
         for start in range(0, self._size, SCAN_BLOCK):
             try:
                 block = FileSlice(self._file, start, SCAN_BLOCK)[:]
@@ -819,26 +887,25 @@ class Store:
                 if node >= 0:
                     self._nodes.setdefault(bytes.fromhex(key[1].decode()), []).append(start + node)
 
-    def _has_changed(self) -> bool:
-        return os.fstat(self._file.fileno()).st_mtime_ns != self._changed_at
-
     def _load_newest(self, prompt_hash: str, prompt: str) -> Entry | None:
+        nodes = self._nodes.get(bytes.fromhex(prompt_hash))
+        return self._read_newest(nodes, prompt) if nodes else None
+
+    def _read_newest(self, nodes: list[int], prompt: str) -> Entry:
+        """Of the entries at nodes of one hash, the sound one that was logged last."""
         newest: Entry | None = None
-        trouble: CorruptedEntry | None = None
-        for offset in self._nodes.get(bytes.fromhex(prompt_hash), []):
-            for value in self._values_at(offset):
+        trouble = CorruptedEntry("its value is not in the file")
+        for node in nodes:
+            for value in self._values_at(node):
                 try:
                     entry = read_entry(value, prompt)
                 except CorruptedEntry as error:
                     trouble = error
                 else:
                     newest = entry if newest is None else max(newest, entry, key=_logged_at)
-        if newest or not trouble:
-            return newest
-        if self._has_changed() and self._scans < self.ATTEMPTS:
-            self._scan()  # a live logger has moved the entry since
-            return self._load_newest(prompt_hash, prompt)
-        raise trouble
+        if newest is None:
+            raise trouble
+        return newest
 
     def _values_at(self, offset: int) -> list[Value]:
         """What may be the value of the node at `offset`: at most two places, none trusted."""
