@@ -705,7 +705,7 @@ class Store:
         if self._txn:
             return self._txn.stat()["entries"]
         if self._live:
-            return max(read_metas(self._file)).entries
+            return int(max(read_metas(self._file)).entries)
         return len(self._nodes)
 
     def load(self, prompt_hash: str, prompt: str) -> Entry | None:
@@ -813,9 +813,7 @@ class Store:
         """From now on follows the tree in the file itself, since lmdb would trust pages as they change."""
         self._close_lmdb()
         self._live = True
-        self._report.say(
-            f"{shown(self.path)}: a logger writes to it, and its lock.mdb cannot be used; this takes longer"
-        )
+        self._report.say(f"{shown(self.path)}: a logger writes to it and its lock.mdb cannot be used: reading slowly")
 
     def _load_live(self, prompt_hash: str, prompt: str) -> Entry | None:
         for _ in range(self.READS):
@@ -824,7 +822,7 @@ class Store:
             try:
                 if meta and meta.root != EMPTY_TREE:
                     node = self._find_node(meta, prompt_hash.encode())
-                    entry = node and self._read_newest([node], prompt)
+                    entry = None if node is None else self._read_newest([node], prompt)
             except CorruptedEntry as error:
                 trouble = error
             # As long as this meta page is not written over, none of the pages below it is.
@@ -836,7 +834,9 @@ class Store:
 
     def _find_node(self, meta: Meta, key: bytes) -> int | None:
         """Follows the tree to the node of `key`; returns the node's offset in the file."""
-        page, self._page_size, header_size = meta.root, meta.page_size, meta.header_size
+        page: int = meta.root
+        header_size: int = meta.header_size
+        self._page_size = int(meta.page_size)
         self._size = os.fstat(self._file.fileno()).st_size
         base = 0 if header_size == PAGE_HEADER_SIZES[0] else header_size  # what offsets count from
         try:
