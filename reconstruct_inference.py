@@ -18,9 +18,15 @@ them.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` sees to it, Ctrl-C leaves no traceback
+
 import argparse
 import collections
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -30,15 +36,15 @@ import os
 import pickle
 import re
 import shlex
-import signal
 import stat
 import string
 import struct
 import sys
+import time
 
 try:
     import lmdb
-    import lmdb.verify
+    from lmdb.verify import VerifyError, _Verifier
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -48,7 +54,7 @@ TYPE_CHECKING = False  # as in typing, whose import would be a tenth of a small 
 if TYPE_CHECKING:
     import pickletools
     from collections.abc import Callable, Iterator, Sequence
-    from typing import Any, BinaryIO
+    from typing import IO, Any
 
 DEFAULT_PROMPT_TEMPLATE = "user: Answer in one sentence. Q:{prompt}\n A:"
 
@@ -184,6 +190,20 @@ class PromptTemplate:
             prompt += value + text
         return prompt
 
+    def has_shape_of(self, prompt: str) -> bool:
+        """Whether a prompt begins and ends as those that the template makes."""
+        return prompt.startswith(self.head) and prompt.endswith(self.parts[-1][1])
+
+    def explains(self, prompt: str, qa: QA) -> bool:
+        """Whether the template makes that prompt, by its hash, of a QA line."""
+        with contextlib.suppress(MalformedLine):
+            return self.has_shape_of(prompt) and hash_prompt(self.format(qa)) == hash_prompt(prompt)
+        return False
+
+    def fixed_length(self) -> int:
+        """How many characters of a prompt come from the template itself."""
+        return len(self.head) + sum(len(text) for _, text in self.parts)
+
 
 def hash_prompt(prompt: str) -> str:
     """The key of a prompt's entry: the lower-case hex SHA-256 of its UTF-8.
@@ -198,6 +218,8 @@ def hash_prompt(prompt: str) -> str:
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_WHITESPACE = b" \t\r\n"
+MAX_LINE_BYTES = 1 << 26  # a longer line is no QA line, and shall not be held in memory
+TOO_LONG = b"[a line of 64 MiB or more]"
 
 _decode_qa = json.JSONDecoder().raw_decode
 
@@ -208,30 +230,37 @@ def descriptor_of(path: Path) -> int | None:
     Such a path must not be opened anew: that would start at the beginning of what the shell
     redirected, and `>>` would lose what was there.
     """
-    names = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
-    number = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", os.fspath(path))
-    return int(number[1]) if number else names.get(os.fspath(path))
+    name = re.sub("^/+", "/", os.fspath(path))
+    number = re.fullmatch(r"/(?:dev|proc/self|proc/thread-self)/fd/([0-9]{1,9})", name)
+    return int(number[1]) if number else {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}.get(name)
 
 
-def open_path(path: Path, mode: str) -> BinaryIO:
+def open_path(path: Path, mode: str) -> IO[bytes]:
     """`open` with a large buffer that also knows `/dev/stdin` and its like."""
     descriptor = descriptor_of(path)
-    return open(path if descriptor is None else os.dup(descriptor), mode, buffering=1 << 18)  # type: ignore[return-value]
+    return open(path if descriptor is None else os.dup(descriptor), mode, buffering=1 << 18)
 
 
-def qa_lines(qa_file: BinaryIO, path: Path, advance: Callable[[int], object] | None) -> Iterator[tuple[int, bytes]]:
+def qa_lines(qa_file: IO[bytes], path: Path, advance: Callable[[int], object] | None) -> Iterator[tuple[int, bytes]]:
     """Yields the number, from 1, and the bytes of every line that is not blank.
 
     A byte-order mark at the start is dropped. `advance` is told how many bytes went by.
     """
     told = done = 0
     try:
-        for number, line in enumerate(qa_file, 1):
+        for number in itertools.count(1):
+            line = qa_file.readline(MAX_LINE_BYTES)
+            if not line:
+                break
             if advance:
                 done += len(line)
                 if done - told > 1 << 18:  # once in a while: the bar costs more than a line
                     advance(done - told)
                     told = done
+            if len(line) == MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = qa_file.readline(MAX_LINE_BYTES)
+                line = TOO_LONG
             if number == 1:
                 line = line.removeprefix(BYTE_ORDER_MARK)
             if line and not line.isspace():
@@ -248,6 +277,8 @@ def parse_qa(line: bytes) -> QA:
     Raises:
         MalformedLine: the line is not UTF-8, not JSON or not an object.
     """
+    if line is TOO_LONG:
+        raise MalformedLine(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         text = line.strip(JSON_WHITESPACE).decode()
         try:
@@ -280,7 +311,7 @@ def parse_qa(line: bytes) -> QA:
 class FileSlice:
     """Part of a file that can be sliced like bytes and is read only as far as it is sliced."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
         self.file, self.start, self.size = file, start, size
 
     def __len__(self) -> int:
@@ -294,7 +325,9 @@ class FileSlice:
 
 Value = bytes | memoryview | FileSlice
 
+BINUNICODE = ord("X")  # the opcode of a text of 256 bytes or more: four bytes of length, then the text
 MAX_PLAIN_BYTES = 1 << 20  # a value beyond this holds activations, or is no honest one
+MAX_TEXT_BYTES = 1 << 26
 MAX_OPCODES = 1_000_000  # an entry with activations has some hundred
 
 
@@ -308,8 +341,9 @@ def _plain_opcodes() -> re.Pattern[bytes]:
     """
     short_strings = b"|".join(b"\\x%02x.{%d}" % (size, size) for size in range(256))
     return re.compile(
-        rb"(?:\x8c(?:" + short_strings + rb")\x94?"  # SHORT_BINUNICODE, and MEMOIZE as it most often follows
-        rb"|[\x94}\](.sauNe\x88\x89]+"  # MEMOIZE, empty containers, MARK, STOP, SETITEM(S), ...
+        rb"(?:\x8c(?:" + short_strings + rb")"  # SHORT_BINUNICODE
+        rb"[\x94}\](.sauNe\x88\x89]*"  # MEMOIZE, empty containers, MARK, STOP, SETITEM(S), ...
+        rb"|[\x94}\](.sauNe\x88\x89]+"  # the same, not behind a string
         rb"|[Khq].|M..|[Jj].{4}"  # BININT1, BINGET, BINPUT, BININT2, BININT, LONG_BINGET
         rb"|[G\x95].{8}|\x80."  # BINFLOAT, FRAME, PROTO
         rb"){1,1000}",
@@ -321,14 +355,13 @@ def is_plain_pickle(data: bytes | memoryview) -> bool:
     """Whether every opcode of a pickle makes plain data, so that `pickle.loads` is safe."""
     match_run = _plain_opcodes().match
     position, end = 0, len(data)
-    while position < end:
-        if run := match_run(data, position):
-            position = run.end()
-        elif data[position] == 0x58:  # BINUNICODE: four bytes of length, then the text
+    while run := match_run(data, position):
+        position = run.end()
+        if position == end:
+            return True
+        if data[position] == BINUNICODE:
             position += 5 + int.from_bytes(data[position + 1 : position + 5], "little")
-        else:
-            return False
-    return position == end
+    return False
 
 
 class Inert:
@@ -345,6 +378,8 @@ class _PickleReader:
         self.value, self.position = value, 0
 
     def read(self, size: int) -> bytes:
+        if size > MAX_TEXT_BYTES:
+            raise CorruptedEntry("it holds a text beyond all measure")
         start = self.position
         return bytes(self.value[start : self.skip(size)])
 
@@ -407,7 +442,7 @@ def interpret_pickle(value: Value) -> object:
     """
     opcodes = _opcodes()
     reader = _PickleReader(value)
-    memo: dict[int, object] = {}  # a dict: an index of two milliards costs no more than one of two
+    memo: dict[int, object] = {}  # a dict: an index of two billion costs no more than one of two
     stack: list[Any] = []
     below: list[list[Any]] = []  # what lies below each MARK
 
@@ -514,12 +549,11 @@ def load_pickle(value: Value) -> object:
 
 # --- Entries: what the logger kept of one request -----------------------------------------------
 
-ALWAYS_ADDED = ("model", "input_length", "timestamp")
 ADDED_IF_LOGGED = ("messages", "trim_position")
 
 # Shared parts can make a small pickle stand for endless text. Honest sharing is a string or
 # two per message; beyond this many times the value's own size, an entry is a trap.
-MAX_EXPANSION = 32
+MAX_EXPANSION = 16
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 
@@ -553,27 +587,31 @@ def read_entry(value: Value, prompt: str) -> Entry:
     logged = read_logged(value)
     if logged.get("prompt", prompt) != prompt:
         raise CorruptedEntry('its "prompt" is another one')
-    entry: Entry = {"generation": logged["response"]}
-    for name in ALWAYS_ADDED:
-        entry[name] = logged.get(name)
+    entry: Entry = {
+        "generation": logged["response"],
+        "model": logged.get("model"),
+        "input_length": logged.get("input_length"),
+        "timestamp": logged.get("timestamp"),
+    }
     for name in ADDED_IF_LOGGED:
         if name in logged:
             entry[name] = logged[name]
+    allowance = MAX_EXPANSION * min(len(value), MAX_PLAIN_BYTES)
     for name, field in entry.items():
-        if type(field) not in _SCALARS and not _is_plain_json(field, MAX_EXPANSION * len(value)):
+        if type(field) not in _SCALARS and not _is_plain_json(field, allowance):
             entry[name] = INERT
     return entry
 
 
 def _is_plain_json(field: object, allowance: int) -> bool:
     """Whether a field is plain JSON data that does not unfold beyond `allowance` characters."""
-    pending: list[Any] = [field]
-    while pending:
-        item = pending.pop()
+    containers: list[Any] = [field]
+    for item in containers:  # and those inside, appended as they are met
         if type(item) is dict:
-            if not all(type(key) is str for key in item):
+            try:
+                allowance -= len("".join(item))
+            except TypeError:  # a key is no string
                 return False
-            allowance -= sum(map(len, item))
             item = item.values()
         elif type(item) not in (list, tuple):
             return False
@@ -584,7 +622,7 @@ def _is_plain_json(field: object, allowance: int) -> bool:
             if type(part) is str:
                 allowance -= len(part)
             elif type(part) not in _SCALARS:
-                pending.append(part)
+                containers.append(part)
     return allowance >= 0
 
 
@@ -628,27 +666,107 @@ LONG_VALUE = 0x01
 HASH_LENGTH = 64
 NODE_KEY = re.compile(re.escape(HASH_LENGTH.to_bytes(2, "little")) + rb"([0-9a-f]{64})")
 META_MAGIC = 0xBEEFC0DE
-META = struct.Struct("<I20xI76xQQ8xQ")  # magic, page size, entries, root page, transaction number
+META = struct.Struct("<I20xI48xH26xQQQQ")  # as `read_metas` unpacks it
 MAX_DEPTH = 32
 EMPTY_TREE = (1 << 64) - 1  # in the place of the root page
 SCAN_BLOCK = 1 << 16  # bytes: a multiple of every page size, so that no node crosses its end
 
 
-Meta = collections.namedtuple("Meta", "transaction root entries page_size header_size")
+Meta = collections.namedtuple("Meta", "transaction last_page root entries database_flags page_size header_size")
 
 
-def read_metas(file: BinaryIO) -> list[Meta]:
+def read_metas(file: IO[bytes]) -> list[Meta]:
     """What stands in the meta pages that can still be made out, the page at the start first."""
     metas = []
     for start in (0, *PAGE_SIZES):
         for header_size in PAGE_HEADER_SIZES:
             with contextlib.suppress(OSError, struct.error):
                 content = FileSlice(file, start + header_size, META.size)[:]
-                magic, page_size, entries, root, transaction = META.unpack(content)
+                magic, page_size, flags, entries, root, last_page, transaction = META.unpack(content)
                 # The second one is known to lie where the second page begins, and so proves itself.
                 if magic == META_MAGIC and page_size in (PAGE_SIZES if start == 0 else [start]):
-                    metas.append(Meta(transaction, root, entries, page_size, header_size))
+                    metas.append(Meta(transaction, last_page, root, entries, flags, page_size, header_size))
     return metas
+
+
+def next_data(file: IO[bytes], position: int) -> int:
+    """The first block of the file at or behind `position` that is no hole; where there is none, its end."""
+    try:
+        position = os.lseek(file.fileno(), position, os.SEEK_DATA)
+    except OSError:  # there is no more data
+        return os.fstat(file.fileno()).st_size
+    return position - position % SCAN_BLOCK
+
+
+def lock_is_held(path: str) -> bool:
+    """Whether a process has the LMDB environment of this lock.mdb open, and so may write.
+
+    LMDB keeps byte 0 of the file locked as long as it does. Where nobody does, the file need
+    not be touched; and where it is a link, it must not, since it might lead anywhere.
+    """
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            return False
+        with open(path, "rb") as file:
+            # struct flock: type, whence, start, length, process
+            question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except OSError:
+        return False
+    return bool(struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK)
+
+
+class StrictVerifier(_Verifier):
+    """The check of lmdb.verify, which ends at the first fault, and finds more of them.
+
+    `lmdb.verify.verify` passes some shapes that LMDB never writes and that end the process in
+    its reading code: pages without nodes, branch pages with one child, pages of bare keys. It
+    does not compare the keys of a branch page with those below it, so that a flipped bit there
+    hides entries. The methods overridden are those of lmdb 3.0.
+
+    Raises:
+        VerifyError: there is a fault.
+    """
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        super().__init__(file, size)  # type: ignore[no-untyped-call]
+        self._separators: list[Iterator[bytes | None]] = []  # of the branch pages above
+
+    def err(self, msg: str) -> None:
+        raise VerifyError(msg)
+
+    def _walk_page(self, ctx: dict[str, Any], pgno: int, depth: int) -> None:
+        separator = next(self._separators[-1]) if self._separators else None
+        if separator and not ctx["is_free"]:
+            if ctx["last_key"] is not None and ctx["last_key"] >= separator:
+                self.err(f"page {pgno} begins below the page before it")
+            # As if there had been a key just below: the walk checks that the next one lies above.
+            ctx["last_key"] = separator[:-1] + bytes([separator[-1] - 1]) + b"\xff"
+        super()._walk_page(ctx, pgno, depth)  # type: ignore[no-untyped-call]
+
+    def _walk_branch(self, ctx: dict[str, Any], pgno: int, buf: bytes, depth: int) -> None:
+        count = self._numkeys(self._pg_lower(buf, 0))  # type: ignore[no-untyped-call]
+        if count < 2:
+            self.err(f"branch page {pgno} has less than two children")
+        separators: list[bytes | None] = [None]  # the first child's goes for nothing
+        for number in range(1, count):
+            node = self._node_off(buf, 0, number)  # type: ignore[no-untyped-call]
+            *_, key_size = NODE_HEADER.unpack_from(buf, node)
+            separators.append(buf[node + NODE_HEADER.size :][:key_size])
+        if b"" in separators:
+            self.err(f"branch page {pgno} has an empty key")
+        self._separators.append(iter(separators))
+        super()._walk_branch(ctx, pgno, buf, depth)  # type: ignore[no-untyped-call]
+        self._separators.pop()
+
+    def _walk_leaf(self, ctx: dict[str, Any], pgno: int, buf: bytes) -> None:
+        if not self._numkeys(self._pg_lower(buf, 0)):  # type: ignore[no-untyped-call]
+            self.err(f"leaf page {pgno} is empty")
+        super()._walk_leaf(ctx, pgno, buf)  # type: ignore[no-untyped-call]
+
+    def _walk_leaf2(self, ctx: dict[str, Any], pgno: int, buf: bytes) -> None:
+        self.err(f"page {pgno} has keys only")
 
 
 class AlreadyOpen(ReconstructionError):
@@ -667,6 +785,7 @@ class Store:
     """
 
     CHECKS = 3  # of a store that changes meanwhile
+    VERSIONS = 100  # of an entry that salvage looks at
     READS = 100  # of an entry, where a logger may write over what is being read
 
     def __init__(self, folder: str, report: Report) -> None:
@@ -675,21 +794,25 @@ class Store:
         self._report = report
         self._env: lmdb.Environment | None = None
         self._txn: lmdb.Transaction[memoryview] | None = None
-        self._locked = False
+        self._in_use = False  # by a process that may be writing
         self._live = False
+        self._checked_at = 0.0
         self._nodes: dict[bytes, list[int]] = {}  # where the nodes of a hash lie in the file
+        self._page_sizes: Sequence[int] = PAGE_SIZES  # as far as is known
         try:
             # Looked at before it is opened, since opening a pipe would wait for ever.
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise StoreError("its data.mdb is no regular file")
-            self._file: BinaryIO = open(self.path, "rb", buffering=0)
+            self._file: IO[bytes] = open(self.path, "rb", buffering=0)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError("no data.mdb in it" if os.path.isdir(folder) else "no such folder") from None
         except OSError as error:
             raise StoreError(f"cannot be read ({error.strerror})") from None
         try:
             damage = self._open_through_lmdb()
-            if damage:
+            if damage and self._in_use:
+                self._read_live()
+            elif damage:
                 self._salvage(damage)
         except BaseException:
             self.close()
@@ -714,8 +837,8 @@ class Store:
         Raises:
             CorruptedEntry: there is one, but it cannot be used.
         """
-        if self._txn and not self._locked and self._overtaken():
-            self._read_live()
+        if self._txn and not self._in_use:
+            self._notice_a_writer()
         if self._live:
             return self._load_live(prompt_hash, prompt)
         if not self._txn:
@@ -725,80 +848,88 @@ class Store:
         except lmdb.Error as error:
             self._salvage(error.reason)
             return self.load(prompt_hash, prompt)
-        if not self._locked and self._overtaken():
-            return self.load(prompt_hash, prompt)
         return None if value is None else read_entry(value, prompt)
 
     def sample_prompts(self) -> Iterator[str]:
         """Yields the prompts of the entries, in the order of their hashes, which is a random one."""
-        if self._txn and (self._locked or not self._overtaken()):
+        if self._txn and self._in_use:
             values: Iterator[Value] = self._txn.cursor().iternext(keys=False)
-        else:
-            if not self._nodes:
-                self._scan()
-            values = (value for nodes in self._nodes.values() for value in self._values_at(nodes[-1]))
+        else:  # the map is used only as `load` does
+            values = (value for _, node in self._walk_nodes() for value in self._values_at(node))
+        seen = set()  # as old versions turn up, too
         for value in values:
             with contextlib.suppress(CorruptedEntry):
                 prompt = read_logged(value).get("prompt")
-                if type(prompt) is str:
+                if type(prompt) is str and prompt not in seen:
+                    seen.add(prompt)
                     yield prompt
 
     # Through lmdb.
 
     def _open_through_lmdb(self) -> str | None:
         """Opens the store for reading and checks it; returns what is wrong with it, if anything."""
-        damage = ""
-        for lock in (True, False) if self._lock_file_is_plain() else (False,):
-            try:
-                self._env = lmdb.open(self._folder, readonly=True, create=False, lock=lock)
-                # Before the check: with the lock, a live logger now recycles none of the pages.
-                self._txn = self._env.begin(buffers=True)
-            except lmdb.Error as error:
-                if "already open in this process" in str(error):
-                    raise AlreadyOpen(
-                        f"{shown(self._folder)} is open in this process already; close it first"
-                    ) from None
-                damage = error.reason
+        try:
+            self._open_env(lock=False)  # finds out first whether it is open in this process
+            self._in_use = lock_is_held(os.path.join(self._folder, "lock.mdb"))
+            if self._in_use:
                 self._close_lmdb()
-                continue
-            self._locked = lock
-            return self._check(self._env)
+                self._open_env(lock=True)
+        except lmdb.Error as error:
+            self._close_lmdb()
+            if "already open in this process" in str(error):
+                raise AlreadyOpen(f"{shown(self._folder)} is open in this process already; close it first") from None
+            return str(error.reason)
+        for _ in range(self.CHECKS):
+            before = self._last_transaction()
+            damage = self._find_damage()
+            if not damage or self._last_transaction() == before:
+                break  # else a commit fell into the check, which may have seen half of it
+        if not damage:
+            how = "with" if self._in_use else "without"
+            self._report.detail(f"{shown(self.path)}: sound, read through lmdb {how} a reader lock")
         return damage
 
-    def _lock_file_is_plain(self) -> bool:
-        """Whether there is a lock.mdb of the store's own: lmdb would write through a link."""
+    def _open_env(self, lock: bool) -> None:
+        self._env = lmdb.open(self._folder, readonly=True, create=False, lock=lock)
+        # Before any check: with the lock, a live logger now recycles none of the pages.
+        self._txn = self._env.begin(buffers=True)
+
+    def _last_transaction(self) -> int:
+        return self._env.info()["last_txnid"] if self._env else 0
+
+    def _find_damage(self) -> str | None:
+        """What is wrong with the file, None where nothing is."""
+        size = os.fstat(self._file.fileno()).st_size
+        metas = sorted(read_metas(self._file))
+        if len(metas) < 2:
+            return "a meta page is damaged"
+        older, newer = metas
+        pages, all_pages = size // newer.page_size, newer.last_page + 1
+        if pages < all_pages:
+            return f"it is cut short: {pages} of its {all_pages} pages are there"
+        # Each commit writes the meta page of the one before last, and pages are never given back.
+        in_a_row = newer.transaction - older.transaction == 1 or pages == 2  # which is a new store
+        if not in_a_row or older.last_page > newer.last_page:
+            return "its meta pages are not those of two commits in a row"
+        if newer.database_flags:
+            return "its main database is of another kind"
         try:
-            status = os.lstat(os.path.join(self._folder, "lock.mdb"))
-        except OSError:
-            return False
-        return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            StrictVerifier(self._file, size).verify()  # type: ignore[no-untyped-call]
+        except Exception as error:  # what else a file made to mislead it may bring about
+            return str(error) or type(error).__name__
+        return None
 
-    def _check(self, env: lmdb.Environment) -> str | None:
-        """What is wrong with the store's file, None where nothing is."""
-        for _ in range(self.CHECKS):
-            info = env.info()
-            pages = os.fstat(self._file.fileno()).st_size // env.stat()["psize"]
-            if pages <= info["last_pgno"]:
-                return f"it is cut short: {pages} of its {info['last_pgno'] + 1} pages are there"
-            try:
-                problems: list[str] = lmdb.verify.verify(self.path)  # type: ignore[no-untyped-call]
-            except Exception as error:  # what else a file made to mislead it may bring about
-                problems = [str(error)]
-            if not problems:
-                how = "with" if self._locked else "without"
-                self._report.detail(f"{shown(self.path)}: sound, read through lmdb {how} a reader lock")
-                return None
-            if env.info()["last_txnid"] == info["last_txnid"]:
-                return problems[0]
-        # Commits fell into the checks. Without a lock they have overtaken us, as `load` will find.
-        return problems[0] if self._locked else None
+    def _notice_a_writer(self) -> None:
+        """Stops trusting the map when a logger has begun to write, since we hold no reader lock.
 
-    def _overtaken(self) -> bool:
-        """Whether, without a reader lock, pages of our snapshot may have been written over.
-
-        LMDB writes over a page in the second commit after the one that freed it, at the earliest.
+        Not asked more than a thousand times a second, as it takes as long as a look-up. LMDB
+        writes over a page in the second commit after the one that freed it, at the earliest.
         """
-        return bool(self._env and self._txn and self._env.info()["last_txnid"] > self._txn.id() + 1)
+        now = time.monotonic()
+        if now - self._checked_at > 0.001:
+            self._checked_at = now
+            if self._txn and self._last_transaction() > self._txn.id() + 1:
+                self._read_live()
 
     def _close_lmdb(self) -> None:
         if self._txn:
@@ -813,7 +944,9 @@ class Store:
         """From now on follows the tree in the file itself, since lmdb would trust pages as they change."""
         self._close_lmdb()
         self._live = True
-        self._report.say(f"{shown(self.path)}: a logger writes to it and its lock.mdb cannot be used: reading slowly")
+        self._report.say(
+            f"{shown(self.path)}: a logger writes to it, and it cannot be locked or checked: reading slowly"
+        )
 
     def _load_live(self, prompt_hash: str, prompt: str) -> Entry | None:
         for _ in range(self.READS):
@@ -836,13 +969,14 @@ class Store:
         """Follows the tree to the node of `key`; returns the node's offset in the file."""
         page: int = meta.root
         header_size: int = meta.header_size
-        self._page_size = int(meta.page_size)
+        page_size: int = meta.page_size
+        self._page_sizes = [page_size]
         self._size = os.fstat(self._file.fileno()).st_size
         base = 0 if header_size == PAGE_HEADER_SIZES[0] else header_size  # what offsets count from
         try:
             for _ in range(MAX_DEPTH):
-                start = page * self._page_size
-                content = FileSlice(self._file, start, self._page_size)[:]
+                start = page * page_size
+                content = FileSlice(self._file, start, page_size)[:]
                 flags, end = struct.unpack_from("<HH", content, header_size - 6)
                 for position in range(header_size, base + end, 2):
                     node = base + int.from_bytes(content[position : position + 2], "little")
@@ -869,23 +1003,25 @@ class Store:
         self._report.say(f"{shown(self.path)}: {damage}; {len(self._nodes)} entries found by salvage")
 
     def _scan(self) -> None:
-        """Walks the file and notes each node whose key is a prompt hash, wherever it lies.
+        for prompt_hash, node in self._walk_nodes():
+            self._nodes.setdefault(prompt_hash, []).append(node)
+
+    def _walk_nodes(self) -> Iterator[tuple[bytes, int]]:
+        """Yields prompt hash and offset of each node in the file whose key is a prompt hash.
 
         Which pages are in use, and as what, is not asked: old versions of an entry turn up as
-        well, and `_load_newest` chooses.
+        well, and `_read_newest` chooses.
         """
-        metas = read_metas(self._file)
-        self._page_size = metas[-1].page_size if metas else USUAL_PAGE_SIZE
+        self._page_sizes = [meta.page_size for meta in read_metas(self._file)[-1:]] or PAGE_SIZES
         self._size = os.fstat(self._file.fileno()).st_size
-        for start in range(0, self._size, SCAN_BLOCK):
-            try:
-                block = FileSlice(self._file, start, SCAN_BLOCK)[:]
-            except OSError:
-                continue  # a sector that the disk cannot read costs its own block
-            for key in NODE_KEY.finditer(block):
-                node = key.start() + 2 - NODE_HEADER.size  # the pattern begins with the key's size
-                if node >= 0:
-                    self._nodes.setdefault(bytes.fromhex(key[1].decode()), []).append(start + node)
+        start = 0
+        while start < self._size:
+            with contextlib.suppress(OSError):  # a sector that the disk cannot read costs its own block
+                for key in NODE_KEY.finditer(FileSlice(self._file, start, SCAN_BLOCK)[:]):
+                    node = key.start() + 2 - NODE_HEADER.size  # the pattern begins with the key's size
+                    if node >= 0:
+                        yield bytes.fromhex(key[1].decode()), start + node
+            start = next_data(self._file, start + SCAN_BLOCK)
 
     def _load_newest(self, prompt_hash: str, prompt: str) -> Entry | None:
         nodes = self._nodes.get(bytes.fromhex(prompt_hash))
@@ -895,8 +1031,13 @@ class Store:
         """Of the entries at nodes of one hash, the sound one that was logged last."""
         newest: Entry | None = None
         trouble = CorruptedEntry("its value is not in the file")
-        for node in nodes:
+        seen = set()  # many nodes may name one value, in a file made to keep us busy
+        for node in nodes[: self.VERSIONS]:
             for value in self._values_at(node):
+                place = value.start, value.size
+                if place in seen:
+                    continue
+                seen.add(place)
                 try:
                     entry = read_entry(value, prompt)
                 except CorruptedEntry as error:
@@ -907,16 +1048,17 @@ class Store:
             raise trouble
         return newest
 
-    def _values_at(self, offset: int) -> list[Value]:
-        """What may be the value of the node at `offset`: at most two places, none trusted."""
-        node = FileSlice(self._file, offset, NODE_HEADER.size + HASH_LENGTH + 8)[:]
-        if len(node) < NODE_HEADER.size:
+    def _values_at(self, offset: int) -> list[FileSlice]:
+        """What may be the value of the node at `offset`: a few places, none trusted."""
+        try:
+            node = FileSlice(self._file, offset, NODE_HEADER.size + HASH_LENGTH + 8)[:]
+            low, high, flags, _ = NODE_HEADER.unpack_from(node)
+        except (OSError, struct.error):
             return []
-        low, high, flags, _ = NODE_HEADER.unpack_from(node)
         size = low | high << 16
         if flags & LONG_VALUE:
             page = int.from_bytes(node[-8:], "little")
-            starts = [page * self._page_size + header for header in PAGE_HEADER_SIZES]
+            starts = [page * page_size + header for page_size in self._page_sizes for header in PAGE_HEADER_SIZES]
         else:
             starts = [offset + NODE_HEADER.size + HASH_LENGTH]
         return [FileSlice(self._file, start, size) for start in starts if start + size <= self._size]
@@ -924,7 +1066,8 @@ class Store:
 
 def _logged_at(entry: Entry) -> float:
     timestamp = entry["timestamp"]
-    return timestamp if isinstance(timestamp, int | float) and not math.isnan(timestamp) else -math.inf
+    honest = isinstance(timestamp, int | float) and abs(timestamp) < 1e18  # not NaN, nor beyond a float
+    return float(timestamp) if honest else -math.inf
 
 
 class Stores:
@@ -940,7 +1083,9 @@ class Stores:
         folder = next((f for f in folders if os.path.exists(os.path.join(f, "data.mdb"))), folders[0])
         self.metadata: Store | None = None
         self._activations: Store | None = None
-        self._activations_wanted = os.path.realpath(folder) != os.path.realpath(self._activations_folder)
+        self._activations_wanted = not is_same_file(
+            os.path.join(folder, "data.mdb"), os.path.join(self._activations_folder, "data.mdb")
+        )
         try:
             self.metadata = Store(folder, report)
         except StoreError as reason:
@@ -1014,6 +1159,8 @@ class Stores:
 # --- The output: each QA line with its generation ------------------------------------------------
 
 
+ADDED_NAMES = frozenset({"generation", "model", "input_length", "timestamp", "messages", "trim_position"})
+
 # Circles are ruled out by `_is_plain_json`.
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
@@ -1034,8 +1181,8 @@ def merge(line: bytes, qa: QA, entry: Entry) -> tuple[bytes, list[str]]:
         unusable = [name for name, value in entry.items() if not _can_be_encoded(value)]
         entry = {**entry, **dict.fromkeys(unusable)}
         added = _encode(entry)
-    if entry.keys().isdisjoint(qa):
-        return b"%b, %b\n" % (line[: line.rindex(b"}")], to_utf8(added[1:])), unusable
+    if ADDED_NAMES.isdisjoint(qa):
+        return line[: line.rindex(b"}")] + b", " + to_utf8(added[1:]) + b"\n", unusable
     try:
         merged = json.dumps({**qa, **entry}, ensure_ascii=False)
     except (TypeError, RecursionError) as error:
@@ -1056,25 +1203,29 @@ def to_utf8(json_text: str) -> bytes:
     return json_text.encode("utf-8", "backslashreplace")
 
 
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two paths, which need not exist, are one file, be it through links."""
+    with contextlib.suppress(OSError):
+        if os.path.samefile(one, other):
+            return True
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def refuse_to_overwrite_inputs(output_path: Path, inputs: Sequence[Path]) -> None:
     """
     Raises:
         ReconstructionError: the output is one of `inputs`, under whatever name or link.
     """
     for path in inputs:
-        same = os.path.realpath(output_path) == os.path.realpath(path)
-        with contextlib.suppress(OSError):
-            status = os.stat(output_path)
-            same = same or os.path.samestat(status, os.stat(path))
-            same = same and stat.S_ISREG(status.st_mode)  # a terminal may be both ends
-        if same:
+        is_no_file = os.path.exists(path) and not os.path.isfile(path)  # a terminal may be both ends
+        if is_same_file(output_path, path) and not is_no_file:
             raise ReconstructionError(
                 f"the output {shown(output_path)} is an input, {shown(path)}: nothing was touched"
             )
 
 
 @contextlib.contextmanager
-def open_output(path: Path) -> Iterator[BinaryIO]:
+def open_output(path: Path) -> Iterator[IO[bytes]]:
     """The file to write the output to; it appears at `path` when the block ends without an error.
 
     Until then, and after an error, an output that was there stays as it was. Pipes and devices
@@ -1137,6 +1288,8 @@ class Evidence:
     PROMPTS = 20_000  # in any sample
     LINES = 3  # kept for each prompt
     FIELDS = 8  # of a line, that may stand in a template
+    SOURCES = 200  # prompts that templates are made of
+    TEMPLATES = 50  # that are tried on all prompts
     SUBSTANTIAL = 16  # characters: a shorter text may stand in a prompt by chance
 
     def __init__(self, stores: Stores) -> None:
@@ -1191,37 +1344,29 @@ class Evidence:
         Explained is a prompt whose hash is that of a QA line formatted by the template. None
         where no template explains any, or only what chance would.
         """
-        hashes = [hash_prompt(prompt) for prompt in self.prompts]
-        longest: dict[str, int] = {}  # each candidate, and the longest field value it came from
-        for prompt, lines in zip(self.prompts, self._lines):
-            for _, qa in lines:
-                for text, length in candidate_templates(prompt, qa):
-                    longest[text] = max(length, longest.get(text, 0))
+        met = [(prompt, [qa for _, qa in lines]) for prompt, lines in zip(self.prompts, self._lines) if lines]
+        made: collections.Counter[str] = collections.Counter()  # the right one is made of most prompts
+        longest: dict[str, int] = {}  # the longest field value that each came from
+        for prompt, qas in met[: self.SOURCES]:
+            for text, length in dict(candidate for qa in qas for candidate in candidate_templates(prompt, qa)).items():
+                made[text] += 1
+                longest[text] = max(length, longest.get(text, 0))
         best: tuple[int, int, int] = 0, 0, 0
         found = None
-        for text, length in longest.items():
-            template = PromptTemplate(text)
-            explained = sum(
-                any(_explains(template, qa, prompt_hash) for _, qa in lines)
-                for prompt_hash, lines in zip(hashes, self._lines)
-            )
+        for text in sorted(made, key=lambda text: (made[text], longest[text]), reverse=True)[: self.TEMPLATES]:
+            template, length = PromptTemplate(text), longest[text]
+            explained = sum(any(template.explains(prompt, qa) for qa in qas) for prompt, qas in met)
             rank = explained, length, -len(template.parts)
-            if rank > best and (explained > 1 or (explained and self._is_convincing(template, length))):
+            if rank > best and self._is_convincing(template, length, explained):
                 best, found = rank, (text, explained)
         return found
 
-    def _is_convincing(self, template: PromptTemplate, length: int) -> bool:
-        """Whether a template that explains a single prompt at least has the shape of most others."""
-        tail = template.parts[-1][1]
-        alike = sum(p.startswith(template.head) and p.endswith(tail) for p in self.prompts)
-        fixed = len(template.head) + sum(len(text) for _, text in template.parts)
-        return alike * 2 >= len(self.prompts) and (length >= self.SUBSTANTIAL or length >= fixed)
-
-
-def _explains(template: PromptTemplate, qa: QA, prompt_hash: str) -> bool:
-    with contextlib.suppress(MalformedLine):
-        return hash_prompt(template.format(qa)) == prompt_hash
-    return False
+    def _is_convincing(self, template: PromptTemplate, length: int, explained: int) -> bool:
+        """Whether chance would hardly explain so many prompts by a field value of that length."""
+        alike = sum(map(template.has_shape_of, self.prompts))
+        if length < self.SUBSTANTIAL:
+            return 2 * explained >= alike and (explained > 1 or length >= template.fixed_length())
+        return explained > 1 or 2 * alike >= len(self.prompts)
 
 
 def candidate_templates(prompt: str, qa: QA) -> Iterator[tuple[str, int]]:
@@ -1304,7 +1449,7 @@ def explain_no_match(counts: Counts, evidence: Evidence) -> str:
         lines.append(f"  tried, first:  {quoted(evidence.first_prompt)}")
     else:
         lines.append("  tried:         nothing, since no QA line has the fields that the template names")
-    lines.append(f"  in the store:  {quoted(evidence.prompts[0])}")
+    lines.append(f"  in the store:  {quoted(min(evidence.prompts, key=hash_prompt))}")
     if found:
         template, explained = found
         lines.append(
@@ -1413,7 +1558,7 @@ def reconstruct_inference(
     return counts
 
 
-def _show_progress(qa_file: BinaryIO, stack: contextlib.ExitStack) -> Callable[[int], object]:
+def _show_progress(qa_file: IO[bytes], stack: contextlib.ExitStack) -> Callable[[int], object]:
     from tqdm import tqdm  # only here: it takes longer to import than a small run takes
 
     status = os.fstat(qa_file.fileno())
@@ -1460,7 +1605,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         return 128 + int(stop.args[0])
     except (ReconstructionError, ImportError, MemoryError) as error:
-        _say(f"{parser.prog}: error: {error or 'out of memory'}")
+        _say(f"{parser.prog}: error: {str(error) or 'out of memory'}")
         return 1
     _say(summarize(counts, arguments.output_path))
     return 0
