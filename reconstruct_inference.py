@@ -1154,8 +1154,6 @@ class Stores:
 # --- The output: each QA line with its generation ------------------------------------------------
 
 
-ADDED_NAMES = frozenset({"generation", "model", "input_length", "timestamp", "messages", "trim_position"})
-
 # Circles are ruled out by `_is_plain_json`.
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False)
 
@@ -1189,7 +1187,7 @@ def merge(line: bytes, qa: QA, entry: Entry) -> tuple[bytes, list[str]]:
         unusable = [name for name, value in entry.items() if not _can_be_encoded(value)]
         entry = {**entry, **dict.fromkeys(unusable)}
         added = _encode(entry)
-    if ADDED_NAMES.isdisjoint(qa):
+    if entry.keys().isdisjoint(qa):
         return line[: line.rindex(b"}")] + b", " + to_utf8(added[1:]) + b"\n", unusable
     try:
         merged = json.dumps({**qa, **entry}, ensure_ascii=False)

@@ -231,6 +231,11 @@ def test_evidence_is_found_late_in_a_long_qa_file(experiment: Experiment) -> Non
             [f"user: Answer in one sentence. Q:{question}\n A:" for question in QUESTIONS],
             id="an instruction that all prompts share",
         ),
+        pytest.param(
+            [{"prompt": f"Which is number {n}?", "answer": town} for n, town in enumerate(["Paris", "Rome"])],
+            [f"Name one building in {town}." for town in ("Paris", "Rome", "Lima", "Oslo", "Bonn")],
+            id="short answers that fit a few of many prompts alike",
+        ),
         pytest.param([{"prompt": " ", "x": ""}], ["user: What is this?"], id="blank values"),
     ],
 )

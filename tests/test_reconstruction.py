@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -222,6 +223,22 @@ def test_a_malformed_line_is_reported_and_skipped(experiment: Experiment, line: 
     assert (result.code, len(result.lines)) == (0, 2)
     assert f"malformed QA line: line 2: {reason}" in result.err
     assert counts_in(result.err)["malformed, skipped"] == 1
+
+
+def test_a_line_without_an_end_is_skipped_without_being_held_in_memory(experiment: Experiment) -> None:
+    with experiment.qa.open("wb") as file:
+        file.truncate(1 << 29)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"prompt": "q"}\n')
+    experiment.log(logged("q"))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+
+    with experiment.start(preexec_fn=limit) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert b"malformed QA line: line 1: longer than 16 MiB" in err
 
 
 def test_a_question_with_a_lone_surrogate_is_one_without_an_entry(experiment: Experiment) -> None:
