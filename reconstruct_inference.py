@@ -79,7 +79,7 @@ class CorruptedEntry(Exception):
     """A logged entry that cannot be used; the text is the reason."""
 
 
-class StoreError(Exception):
+class StoreError(ReconstructionError):
     """A store that cannot be read at all; the text is the reason, without the path."""
 
 
@@ -701,6 +701,8 @@ def lock_is_held(path: str) -> bool:
     LMDB keeps byte 0 of the file locked as long as it does. Where nobody does, the file need
     not be touched; and where it is a link, it must not, since it might lead anywhere.
     """
+    if sys.platform != "linux":  # struct flock looks different elsewhere; to lock is always safe
+        return os.path.exists(path)
     try:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
@@ -791,7 +793,7 @@ class Store:
         self._report = report
         self._env: lmdb.Environment | None = None
         self._txn: lmdb.Transaction[memoryview] | None = None
-        self._in_use = False  # by a process that may be writing
+        self._locked = False
         self._live = False
         self._next_look = 0.0  # for a writer
         self._nodes: dict[bytes, list[int]] = {}  # where the nodes of a hash lie in the file
@@ -806,11 +808,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot be read ({error.strerror})") from None
         try:
-            damage = self._open_through_lmdb()
-            if damage and self._in_use:
-                self._read_live()
-            elif damage:
-                self._salvage(damage)
+            self._open()
         except BaseException:
             self.close()
             raise
@@ -825,7 +823,7 @@ class Store:
         if self._txn:
             return self._txn.stat()["entries"]
         if self._live:
-            return int(max(read_metas(self._file)).entries)
+            return max((meta.entries for meta in read_metas(self._file)), default=0)
         return len(self._nodes)
 
     def load(self, prompt_hash: str, prompt: str) -> Entry | None:
@@ -834,7 +832,7 @@ class Store:
         Raises:
             CorruptedEntry: there is one, but it cannot be used.
         """
-        if self._txn and not self._in_use and time.monotonic() > self._next_look:
+        if self._txn and not self._locked and time.monotonic() > self._next_look:
             self._look_for_a_writer()
         if self._live:
             return self._load_live(prompt_hash, prompt)
@@ -849,7 +847,7 @@ class Store:
 
     def sample_prompts(self) -> Iterator[str]:
         """Yields the prompts of the entries, in the order of their hashes, which is a random one."""
-        if self._txn and self._in_use:
+        if self._txn and self._locked:
             values: Iterator[Value] = self._txn.cursor().iternext(keys=False)
         else:  # the map is used only as `load` does
             values = (value for _, node in self._walk_nodes() for value in self._values_at(node))
@@ -863,28 +861,33 @@ class Store:
 
     # Through lmdb.
 
-    def _open_through_lmdb(self) -> str | None:
-        """Opens the store for reading and checks it; returns what is wrong with it, if anything."""
+    def _open(self) -> None:
+        """Opens the store and checks it, and turns to another way of reading where that fails."""
+        changing = False
         try:
             self._open_env(lock=False)  # finds out first whether it is open in this process
-            self._in_use = lock_is_held(os.path.join(self._folder, "lock.mdb"))
-            if self._in_use:
+            if lock_is_held(os.path.join(self._folder, "lock.mdb")):
+                changing = True
                 self._close_lmdb()
                 self._open_env(lock=True)
+                self._locked = True
+            for _ in range(self.CHECKS):
+                before = self._last_transaction()
+                damage = self._find_damage()
+                changing = self._last_transaction() != before
+                if not damage or not changing:
+                    break  # else a commit fell into the check, which may have seen half of it
         except lmdb.Error as error:
-            self._close_lmdb()
             if "already open in this process" in str(error):
                 raise AlreadyOpen(f"{shown(self._folder)} is open in this process already; close it first") from None
-            return str(error.reason)
-        for _ in range(self.CHECKS):
-            before = self._last_transaction()
-            damage = self._find_damage()
-            if not damage or self._last_transaction() == before:
-                break  # else a commit fell into the check, which may have seen half of it
+            damage = error.reason
         if not damage:
-            how = "with" if self._in_use else "without"
+            how = "with" if self._locked else "without"
             self._report.detail(f"{shown(self.path)}: sound, read through lmdb {how} a reader lock")
-        return damage
+        elif changing:
+            self._read_live()
+        else:
+            self._salvage(damage)
 
     def _open_env(self, lock: bool) -> None:
         self._env = lmdb.open(self._folder, readonly=True, create=False, lock=lock)
@@ -898,7 +901,7 @@ class Store:
         """What is wrong with the file, None where nothing is."""
         size = os.fstat(self._file.fileno()).st_size
         metas = sorted(read_metas(self._file))
-        if len(metas) < 2:
+        if len(metas) != 2:
             return "a meta page is damaged"
         older, newer = metas
         pages, all_pages = size // newer.page_size, newer.last_page + 1
@@ -940,7 +943,7 @@ class Store:
         self._close_lmdb()
         self._live = True
         self._report.say(
-            f"{shown(self.path)}: a logger writes to it, and it cannot be locked or checked: reading slowly"
+            f"{shown(self.path)}: a logger has it open, and it cannot be locked or checked: reading slowly"
         )
 
     def _load_live(self, prompt_hash: str, prompt: str) -> Entry | None:
