@@ -845,6 +845,14 @@ class Store:
             return self.load(prompt_hash, prompt)
         return None if value is None else read_entry(value, prompt)
 
+    def load_older(self, prompt_hash: str, prompt: str) -> Entry | None:
+        """A copy of the entry that is still intact on a page which LMDB has given back, or None."""
+        if not self._nodes:
+            self._scan()
+        with contextlib.suppress(CorruptedEntry):
+            return self._load_newest(prompt_hash, prompt)
+        return None
+
     def sample_prompts(self) -> Iterator[str]:
         """Yields the prompts of the entries, in the order of their hashes, which is a random one."""
         if self._txn and self._locked:
@@ -1126,6 +1134,8 @@ class Stores:
                 return entry, self.activations
         except CorruptedEntry as error:
             trouble = trouble or error
+        if trouble and self.metadata and (entry := self.metadata.load_older(prompt_hash, prompt)):
+            return entry, self.metadata
         if trouble:
             raise trouble
         return None

@@ -577,3 +577,11 @@ def test_a_store_that_this_process_has_open_is_said_to_be(damaged: Experiment) -
             reconstruct_inference.reconstruct_inference(damaged.qa, damaged.lmdb, damaged.output)
         assert damaged.run().code == 1
     assert damaged.run().code == 0
+
+
+def test_an_entry_that_is_corrupted_in_a_sound_store_is_taken_from_a_page_given_back(experiment: Experiment) -> None:
+    experiment.ask("q")
+    write_store(experiment.metadata, [(prompt_of("q"), GOOD), (prompt_of("q"), b"corrupted")], commit_each=True)
+    result = experiment.run("--verbose")
+    assert "sound, read through lmdb" in result.err
+    assert [line["generation"] for line in result.lines] == [GOOD["response"]]
