@@ -157,7 +157,7 @@ class PromptTemplate:
 
     def __init__(self, template: str) -> None:
         self.head = ""
-        self.parts: list[tuple[str, str]] = []  # a field, and the text that follows it
+        self.parts: list[tuple[str, str]] = []  # each a field and the text that follows it
         for literal, name, spec, conversion in string.Formatter().parse(template):
             if self.parts:
                 field, text = self.parts[-1]
@@ -1252,9 +1252,10 @@ def is_same_file(one: Path, other: Path) -> bool:
 
 
 def refuse_to_overwrite_inputs(output_path: Path, inputs: Sequence[Path]) -> None:
-    """
+    """Does nothing, unless the output is one of the inputs under whatever name or link.
+
     Raises:
-        ReconstructionError: the output is one of `inputs`, under whatever name or link.
+        ReconstructionError: it is.
     """
     for path in inputs:
         is_no_file = os.path.exists(path) and not os.path.isfile(path)  # a terminal may be both ends
@@ -1277,11 +1278,13 @@ def open_output(path: Path) -> Iterator[IO[bytes]]:
     try:
         if os.path.isdir(path) or not os.path.basename(path):
             raise IsADirectoryError(None, "it is a folder")
+        straight = descriptor_of(path) is not None
         with contextlib.suppress(FileNotFoundError):
-            if descriptor_of(path) is not None or not stat.S_ISREG(os.stat(path).st_mode):
-                with open_path(path, "wb") as file:
-                    yield file
-                return
+            straight = straight or not stat.S_ISREG(os.stat(path).st_mode)
+        if straight:
+            with open_path(path, "wb") as file:
+                yield file
+            return
         target = os.path.realpath(path)  # of a symbolic link, what it points to is replaced
         folder = os.path.dirname(target)
         os.makedirs(folder, exist_ok=True)
