@@ -656,7 +656,6 @@ def locate_stores(lmdb_path: Path) -> tuple[list[str], str]:
 # written in turn: what follows their header is laid out as in META.
 PAGE_HEADER_SIZES = (16, 24)
 PAGE_SIZES = [1 << power for power in range(8, 17)]
-USUAL_PAGE_SIZE = 4096
 LEAF_PAGE = 0x02
 NODE_HEADER = struct.Struct("<4H")
 LONG_VALUE = 0x01

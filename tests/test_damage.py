@@ -347,14 +347,6 @@ DEADLY = {
         page(3, 2, IN_ORDER),
     ],
     "an empty leaf page": [meta_page(1, 2, root=2, leaf=1, entries=0), page(2, 2, [])],
-    "keys that are said to be integers": [
-        meta_page(1, 2, root=2, leaf=1, entries=2, flags=0x08),
-        page(2, 2, IN_ORDER),
-    ],
-    "values that are said to be several": [
-        meta_page(1, 2, root=2, leaf=1, entries=2, flags=0x04),
-        page(2, 2, IN_ORDER),
-    ],
     "a tree that is a circle": [
         meta_page(1, 3, root=2, branch=1, leaf=1, entries=2, depth=2),
         page(2, 1, [struct.pack("<HHHH", 2, 0, 0, 0), struct.pack("<HHHH", 2, 0, 0, 64) + b"5" * 64]),
@@ -371,6 +363,16 @@ def test_a_file_that_would_end_the_process_in_lmdb_does_not(
     experiment.ask(question)
     lay_out(experiment, EMPTY, *pages)
     run_as_a_process(experiment)
+
+
+@pytest.mark.parametrize("flags", [0x02, 0x04, 0x08], ids=["REVERSEKEY", "DUPSORT", "INTEGERKEY"])
+def test_a_main_database_of_another_kind_is_salvaged(experiment: Experiment, flags: int) -> None:
+    experiment.ask("q")
+    meta = meta_page(1, 2, root=2, leaf=1, entries=1, flags=flags)
+    lay_out(experiment, EMPTY, meta, page(2, 2, [node(GOOD)]))
+    result = experiment.run()
+    assert "its main database is of another kind; 1 entries found by salvage" in result.err
+    assert len(result.lines) == 1
 
 
 def test_a_sound_file_laid_out_by_hand_is_read_through_lmdb(experiment: Experiment) -> None:

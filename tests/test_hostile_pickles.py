@@ -188,6 +188,16 @@ def test_a_pickle_made_to_exhaust_costs_its_own_entry_at_most(experiment: Experi
     assert read_lines(experiment.output)[-1]["prompt"] == "good"
 
 
+@pytest.mark.parametrize("memoize", [b"r\xff\xff\xff\xff", b"p4000000000\n"], ids=["LONG_BINPUT", "PUT"])
+def test_a_huge_memo_index_costs_nothing_at_all(experiment: Experiment, memoize: bytes) -> None:
+    experiment.ask("q")
+    entry = b"}(" + text("response") + memoize + text(" fine") + b"u."
+    write_store(experiment.metadata, [(prompt_of("q"), b"\x80\x02" + entry)])
+    code, err = start_limited(experiment)
+    assert code == 0, err
+    assert read_lines(experiment.output)[0]["generation"] == " fine"
+
+
 def circle() -> list[Any]:
     items: list[Any] = []
     items.append(items)
