@@ -793,10 +793,12 @@ class AlreadyOpen(ReconstructionError):
 
 
 class Store:
-    """One LMDB store: read through lmdb where it proves sound, by salvage where it does not.
+    """One LMDB store, read in one of three ways.
 
-    lmdb maps the file and trusts it, so on a damaged one it may end the process by a signal.
-    Salvage reads the file itself and trusts nothing in it.
+    Through lmdb where the store proves sound: lmdb maps the file and trusts it, so on a damaged
+    one it may end the process by a signal. By salvage where it does not: the file is searched for
+    entries, and nothing in it is trusted. And where a logger writes to it and it cannot be locked,
+    by following the tree in the file, each time under the meta page that stands at the moment.
 
     Raises:
         StoreError: there is no store, or nothing in it can be read.
@@ -874,7 +876,7 @@ class Store:
         return None
 
     def sample_prompts(self) -> Iterator[str]:
-        """Yields the prompts of the entries, in the order of their hashes, which is a random one."""
+        """Yields the prompts of the entries: a random sample, as far as one goes, since hashes order them."""
         if self._txn and self._locked:
             values: Iterator[Value] = self._txn.cursor().iternext(keys=False)
         else:  # the map is used only as `load` does

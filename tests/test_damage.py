@@ -396,6 +396,18 @@ def test_a_flipped_bit_in_a_commits_number_hides_nothing(damaged: Experiment, me
     assert len(damaged.run().lines) == len(QUESTIONS)
 
 
+@pytest.mark.parametrize("changed", [0, 3], ids=["as if it had not been", "as if many had followed"])
+def test_a_changed_number_of_the_only_commit_hides_nothing(experiment: Experiment, changed: int) -> None:
+    experiment.ask(*QUESTIONS)
+    experiment.log(*ENTRIES)
+    content = bytearray((experiment.metadata / "data.mdb").read_bytes())
+    content[PAGE + 16 + 128] = changed
+    (experiment.metadata / "data.mdb").write_bytes(content)
+    result = experiment.run()
+    assert len(result.lines) == len(QUESTIONS)
+    assert "its meta pages are not those of two commits in a row" in result.err
+
+
 def test_no_flipped_bit_in_a_branch_pages_keys_hides_an_entry(damaged: Experiment) -> None:
     shutil.rmtree(damaged.lmdb)
     pristine = (damaged.metadata / "data.mdb").read_bytes()
@@ -539,6 +551,33 @@ def test_another_users_store_that_a_live_logger_writes_to_is_read_whole(
         code, err = run_as_nobody(readable_only)
     assert code == 0, err
     assert [line["generation"] for line in read_lines(readable_only.output)] == [e["response"] for e in ENTRIES]
+
+
+def test_what_was_read_while_its_commit_was_written_over_is_read_again(
+    damaged: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_env = reconstruct_inference.Store._open_env
+
+    def cannot_lock(store: reconstruct_inference.Store, lock: bool) -> None:
+        open_env(store, lock=False)
+        if lock:
+            lmdb.open(str(damaged.folder / "nowhere"), create=False)  # fails, as for another user
+
+    def read_late(value: Any, prompt: str) -> dict[str, Any]:
+        """Reads what a logger has meanwhile put in the entry's place, two commits on."""
+        monkeypatch.undo()
+        content = bytearray((damaged.metadata / "data.mdb").read_bytes())
+        for meta in (0, PAGE):
+            content[meta + 16 + 128] += 2
+        (damaged.metadata / "data.mdb").write_bytes(content)
+        return {**reconstruct_inference.read_entry(value, prompt), "generation": "of another time"}
+
+    monkeypatch.setattr(reconstruct_inference, "lock_is_held", lambda path: True)
+    monkeypatch.setattr(reconstruct_inference.Store, "_open_env", cannot_lock)
+    monkeypatch.setattr(reconstruct_inference, "read_entry", read_late)
+    result = damaged.run()
+    assert "cannot be locked" in result.err
+    assert [line["generation"] for line in result.lines] == [entry["response"] for entry in ENTRIES]
 
 
 def test_a_link_in_the_place_of_the_lock_file_is_not_written_through(damaged: Experiment) -> None:
