@@ -518,7 +518,7 @@ class EntryFinder:
                 raise ReconstructionError(f"{file} is open in this process already; close it there first")
         troubles: dict[str, str] = {}
         for folder in self.folders:
-            if self.stores and (not os.path.exists(files[1]) or is_same_file(*files)):
+            if self.stores and not os.path.exists(files[1]):
                 break
             # The activations store can be huge and far away: it is for what the metadata store lacks.
             more_than = self.stores[0].keys_in_all if self.stores else -1

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -106,22 +104,15 @@ class Experiment:
         """All files below the folder, and what is in them."""
         return {str(path): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
 
-    def start(self, *options: str, memory: int = 0, **how: Any) -> Any:
-        """Starts the command as a process, with so many bytes of memory."""
-
-        def limit() -> None:
-            if memory:
-                resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-
-        paths = how.pop("paths", {})
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": limit, **how}
-        return subprocess.Popen([sys.executable, str(SCRIPT), *self.arguments(**paths), *options], **pipes)
+    def start(self, *options: str, paths: dict[str, Any] | None = None, **how: Any) -> Any:
+        """Starts the command as a process; `how` is for Popen."""
+        command = [sys.executable, str(SCRIPT), *self.arguments(**paths or {}), *options]
+        return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
 
     def run(self, *options: str, as_process: bool = False, stdin: bytes = b"", user: int = 0, **how: Any) -> Any:
-        """Runs the command, in this process, as one of its own, or in a copy of this one that is another user's.
+        """Runs the command here, as a process, or as another user; gives exit code, what is said, the output's lines.
 
-        Further arguments are those of `start`, or paths to use in place of the usual ones. Gives
-        exit code, what was said, and the output's lines.
+        Further arguments are those of `start`, or paths to use in place of the usual ones.
         """
         paths = {name: how.pop(name) for name in list(how) if name.endswith("_path")}
         if user:
@@ -144,8 +135,7 @@ class Experiment:
             code: Any = reconstruct_inference.main(argv)
         except SystemExit as stop:  # argparse
             code = stop.code
-        said = self._capsys.readouterr()
-        return code, said.out, said.err
+        return code, *self._capsys.readouterr()
 
     def _run_as(self, user: int, argv: list[str]) -> tuple[int, str, str]:
         """A new process could not do: another user may not even be let to this Python."""
@@ -163,19 +153,7 @@ class Experiment:
                     code = reconstruct_inference.main(argv)
             finally:
                 os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code, "", said.read_text()
-
-
-def summary(err: str) -> dict[str, int]:
-    """The numbers that the summary gives for the QA lines, under the words that it has for them."""
-    found = re.search(r"^QA lines: ([0-9,]+) \((.*)\)$", err, re.MULTILINE)
-    assert found, err
-    numbers = {"QA lines": int(found[1].replace(",", ""))}
-    for part in re.split(", (?=[0-9])", found[2]):
-        number, words = part.split(" ", 1)
-        numbers[words] = int(number.replace(",", ""))
-    return numbers
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "", said.read_text()
 
 
 def proposals(err: str) -> list[str]:

@@ -10,14 +10,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import lmdb
 import pytest
-from experiment import SCRIPT, Experiment, logged, prompt_of, proposals, summary, table, write_store
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from experiment import SCRIPT, Experiment, logged, prompt_of, proposals, table, write_store
 
 QUESTIONS = [
     "Who wrote the play Hamlet?",
@@ -29,10 +25,10 @@ QUESTIONS = [
 ]
 
 
-def paste(experiment: Experiment, options: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in bash as a user would who pastes the proposed options behind it."""
+def paste(experiment: Experiment, options: str) -> str:
+    """What the command says in bash to a user who pastes the proposed options behind it."""
     command = shlex.join([sys.executable, str(SCRIPT), *experiment.arguments()])
-    return subprocess.run(["bash", "-c", f"{command} {options}"], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", f"{command} {options}"], capture_output=True, text=True, timeout=60).stderr
 
 
 # Templates.
@@ -105,7 +101,6 @@ TASK = "Answer the question in a few words."
     "qa, prompt",
     {
         "raw questions": ({"prompt": "Q?"}, "user: Q?"),
-        "nothing but the question": ({"prompt": "Q?"}, "Q?"),
         "a suffix instead of a prefix": ({"prompt": "Q?"}, "Q?\nAnswer:\n\n"),
         "a system message before the user's": ({"prompt": "Q?"}, "system: You are helpful.\nuser: Q?\n A:"),
         "questions in another field": ({"prompt": ["no text"], "question": "Q?"}, prompt_of("Q?")),
@@ -114,15 +109,12 @@ TASK = "Answer the question in a few words."
         "shell characters": ({"prompt": "Q?"}, """'{"q": "it's Q?"}' $HOME `ls` !! \\n \\\\"""),
         "a dash and control characters": ({"prompt": "Q?"}, "-n Q?\t\r\x1b[31m\x07"),
         "two fields and a chance": ({"task": TASK, "prompt": "Q?", "lang": "en"}, f"{TASK}\nQ?\nin a sentence"),
-        "a name with a space": ({"my question": "Q?", "id": "7"}, "7: Q?"),
-        "names that cannot stand in a template": ({"0": "Q?", "a.b": "Q?", "question": "Q?"}, "user: Q?"),
+        "names that can stand in a template and others": ({"0": "Q?", "a.b": "Q?", "my question": "Q?"}, "user: Q?"),
         "a question said twice": ({"prompt": "Q?", "same": "Q?"}, "Q? I repeat: Q?"),
         "a text that all lines share": ({"prompt": "Q?", "task": TASK}, f"{TASK} Q? {TASK}"),
     },
 )
-def test_the_proposed_option_pasted_into_bash_matches_everything(
-    experiment: Experiment, qa: dict[str, Any], prompt: str
-) -> None:
+def test_the_proposed_option_pasted_into_bash_matches_all(experiment: Experiment, qa: dict, prompt: str) -> None:
     def of(question: str) -> dict[str, Any]:
         return {name: text.replace("Q?", question) if isinstance(text, str) else text for name, text in qa.items()}
 
@@ -133,27 +125,7 @@ def test_the_proposed_option_pasted_into_bash_matches_everything(
     assert "matches 6 QA lines, `some-model` answered 'response " in result.err
     (option,) = proposals(result.err)
     assert option.isprintable()
-    pasted = paste(experiment, option)
-    assert pasted.returncode == 0, pasted.stderr
-    assert summary(pasted.stderr)["matched"] == 6
-
-
-SHELL_TEXT = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="\0") | st.sampled_from("'\"\\{}$`!\n-")
-)
-
-
-@settings(max_examples=10)
-@given(head=SHELL_TEXT, tail=SHELL_TEXT)
-def test_any_text_around_the_question_survives_pasting(experiment: Experiment, head: str, tail: str) -> None:
-    questions = ["What is the highest mountain of Kenya?", "Who wrote the play Hamlet, and when?"]
-    experiment.ask(*questions)
-    experiment.log_prompts(*[f"{head}{question}{tail}" for question in questions])
-    experiment.output.unlink(missing_ok=True)
-    result = experiment.run()
-    if result.code == 1:  # else it is the default template, by chance
-        pasted = paste(experiment, proposals(result.err)[0])
-        assert summary(pasted.stderr)["matched"] == 2, (result.err, pasted.stderr)
+    assert paste(experiment, option).startswith("QA lines: 7 (6 matched, 1 without an entry)\n")
 
 
 def log_like_hallulens(experiment: Experiment, template: str, role: str, asked: Iterable[int] = range(30)) -> None:
@@ -176,9 +148,7 @@ def log_like_hallulens(experiment: Experiment, template: str, role: str, asked: 
 
 
 @pytest.mark.parametrize("role", ["user: ", ""], ids=["early server", "late server"])
-def test_all_convincing_templates_are_shown_that_of_the_model_first_and_the_user_chooses(
-    experiment: Experiment, role: str
-) -> None:
+def test_all_convincing_templates_are_shown_and_the_user_chooses(experiment: Experiment, role: str) -> None:
     log_like_hallulens(experiment, "Reply briefly: {prompt}", role)
     result = experiment.run()
     assert result.code == 1
@@ -191,7 +161,7 @@ def test_all_convincing_templates_are_shown_that_of_the_model_first_and_the_user
     assert options[0] == f"--prompt_template '{role}Reply briefly: {{prompt}}'"
     assert len(options) == 3
     assert "the same server logs judges and question generators too" in result.err
-    assert summary(paste(experiment, options[0]).stderr) == {"QA lines": 30, "matched": 30}
+    assert paste(experiment, options[0]).startswith("QA lines: 30 (30 matched)\n")
 
 
 def test_the_failing_run_names_the_fields_that_there_are_and_what_would_match(experiment: Experiment) -> None:
@@ -205,25 +175,11 @@ def test_the_failing_run_names_the_fields_that_there_are_and_what_would_match(ex
     ]
 
 
-def test_an_existing_output_stays_when_nothing_matched_and_nothing_is_made(experiment: Experiment) -> None:
-    experiment.ask("q")
-    experiment.log(logged("another"))
-    experiment.output.write_text("[1]\n")
-    before = set(experiment.folder.rglob("*"))
-    assert experiment.run().code == 1
-    assert experiment.run(output_path=experiment.folder / "new" / "out.jsonl").code == 1
-    assert experiment.output.read_text() == "[1]\n"
-    assert set(experiment.folder.rglob("*")) == before
-
-
 def test_a_handful_of_questions_is_found_in_a_large_store(experiment: Experiment) -> None:
     numbers = random.Random(1).sample(range(3000), 3)
     experiment.log_prompts(*[f"user: Who won the chess tournament number {n} of the city?" for n in range(3000)])
     experiment.ask(*[f"Who won the chess tournament number {n} of the city?" for n in numbers])
     assert proposals(experiment.run().err) == ["--prompt_template 'user: {prompt}'"]
-
-
-# Nothing matched: no proposal.
 
 
 @table(
@@ -239,16 +195,17 @@ def test_a_handful_of_questions_is_found_in_a_large_store(experiment: Experiment
             [f"Name one building in {town}." for town in ("Paris", "Rome", "Lima", "Oslo", "Bonn")],
         ),
         "blank values": ([{"prompt": " ", "x": ""}], ["user: What is this?"]),
-        "values without a letter": ([{"prompt": "???", "x": "!"}], ["user: What is this?"]),
     },
 )
-def test_an_unrelated_store_is_called_that_without_a_proposal(experiment: Experiment, qa: Any, prompts: Any) -> None:
+def test_an_unrelated_store_is_called_that_and_no_output_is_made(experiment: Experiment, qa: Any, prompts: Any) -> None:
     experiment.ask(*qa)
     experiment.log_prompts(*prompts)
-    result = experiment.run()
+    before = set(experiment.folder.rglob("*"))
+    result = experiment.run(output_path=experiment.folder / "new" / "out.jsonl")
     assert result.code == 1
     assert "it seems to be of another experiment" in result.err
     assert "--prompt_template" not in result.err
+    assert set(experiment.folder.rglob("*")) == before
 
 
 @table(
@@ -262,15 +219,10 @@ def test_an_unrelated_store_is_called_that_without_a_proposal(experiment: Experi
         "a prefix": ("Q1: Who wrote the play Hamlet?", "Who wrote the play Hamlet?", ""),
     },
 )
-@pytest.mark.parametrize("role", ["user: ", ""], ids=["early server", "late server"])
-def test_prompts_that_are_nearly_the_same_are_shown_under_each_other(
-    experiment: Experiment, question: str, stored: str, how: str, role: str
-) -> None:
+def test_of_prompts_that_are_nearly_the_same_both_are_shown(experiment: Experiment, question, stored, how) -> None:
     experiment.ask("Another one that is not there at all?", question)
-    tried, stored, other = [
-        role + prompt_of(each).removeprefix("user: ") for each in (question, stored, "And this one is of no use here?")
-    ]
-    experiment.log_prompts(stored, other)
+    tried, stored = prompt_of(question).removeprefix("user: "), prompt_of(stored).removeprefix("user: ")
+    experiment.log_prompts(stored, prompt_of("And this one is of no use here?"))
     err = experiment.run().err
     assert f"\n  tried:         {tried!r}\n  in the store:  {stored!r}\n" in err
     assert how in err
@@ -287,9 +239,7 @@ def test_of_long_prompts_the_part_around_the_difference_is_shown(experiment: Exp
     assert "Who wrote Hamlet ? This" in err
 
 
-def test_prompts_with_qa_texts_that_no_template_of_whole_fields_makes_are_no_other_experiment(
-    experiment: Experiment,
-) -> None:
+def test_prompts_with_qa_texts_that_no_template_makes_are_no_other_experiment(experiment: Experiment) -> None:
     experiment.ask(*[{"prompt": f"Which is number {n} of these?", "choices": [f"a{n}", f"b{n}"]} for n in range(9)])
     experiment.log_prompts(*[f"user: Which is number {n} of these?\nChoices: a{n}, b{n}" for n in range(9)])
     err = experiment.run().err
@@ -308,10 +258,8 @@ def test_lines_without_an_entry_are_explained_where_the_store_has_entries_left(e
     experiment.log(*map(logged, questions))
     result = experiment.run()
     assert (result.code, len(result.lines)) == (0, 3)
-    assert (
-        "warning: 47 QA lines have no entry, though at least 47 entries of the store match no line\n"
-        "  tried:         'user: Answer in one sentence. Q:What is the answer to question number "
-    ) in result.err
+    assert "warning: 47 QA lines have no entry, though at least 47 entries of the store match no line\n" in result.err
+    assert "  tried:         'user: Answer in one sentence. Q:What is the answer to question number " in result.err
 
 
 def test_the_proposal_for_the_rest_of_a_run_repeats_the_templates_given_and_matches_all(experiment: Experiment) -> None:
@@ -321,7 +269,7 @@ def test_the_proposal_for_the_rest_of_a_run_repeats_the_templates_given_and_matc
     result = experiment.run("--prompt_template", "A {prompt}")
     assert "15 QA lines have no entry, though at least 15 entries of the store match no line" in result.err
     assert proposals(result.err) == ["--prompt_template 'A {prompt}' --prompt_template 'B {prompt}'"]
-    assert summary(paste(experiment, proposals(result.err)[0]).stderr) == {"QA lines": 20, "matched": 20}
+    assert paste(experiment, proposals(result.err)[0]).startswith("QA lines: 20 (20 matched)\n")
 
 
 def test_in_a_sampled_run_whose_entries_are_all_used_nothing_is_explained(experiment: Experiment) -> None:
@@ -350,11 +298,6 @@ IS_A_FILE = " is a file, where a folder with a `data.mdb` is wanted\n"
 NO_ENTRY = "{e.metadata}: 0 entries recovered\nerror: nothing matched: the store is empty\n"
 
 
-def one_file_store(e: Experiment) -> dict[str, Path]:
-    with lmdb.open(f"{e.folder}/one.mdb", subdir=False):
-        return {"lmdb_path": e.folder / "one.mdb"}
-
-
 @table(
     "break_it, message",
     {
@@ -370,17 +313,17 @@ def one_file_store(e: Experiment) -> dict[str, Path]:
         "no QA file": (lambda e: e.qa.unlink(), "cannot read {e.qa}: No such file or directory\n"),
         "a folder": (lambda e: {"qa_output_path": e.metadata}, "cannot read {e.metadata}: Is a directory\n"),
         "swapped paths": (lambda e: {"qa_output_path": e.metadata, "lmdb_path": e.qa}, "{e.qa}" + IS_A_FILE),
-        "a store that is one file": (one_file_store, "{e.folder}/one.mdb" + IS_A_FILE),
-        "the parent folder": (
-            lambda e: {"lmdb_path": e.folder},
-            "{e.folder} has no `data.mdb`, but `a.lmdb_metadata`, `qa.jsonl`\n",
+        "a store that is one file": (
+            lambda e: {"lmdb_path": (e.metadata / "data.mdb").rename(e.folder / "one.mdb")},
+            "{e.folder}/one.mdb" + IS_A_FILE,
         ),
+        "the parent": (lambda e: {"lmdb_path": e.folder}, "has no `data.mdb`, but `a.lmdb_metadata`, `qa.jsonl`\n"),
         "no store": (lambda e: {"lmdb_path": e.folder / "no"}, "{e.folder}/no_metadata: no such folder; "),
         "an empty data.mdb": (lambda e: (e.metadata / "data.mdb").write_bytes(b""), "data.mdb is empty, or no file\n"),
         "no LMDB file": (lambda e: (e.metadata / "data.mdb").write_bytes(b"text" * 9999), NO_ENTRY),
-        "an LMDB of something else": (
-            lambda e: write_store(e.metadata, [(b"an image", b"x")]) and {},
-            "error: the keys of {e.metadata} are no prompt hashes: it is an LMDB of something else\n",
+        "something else": (
+            lambda e: write_store(e.metadata, [(b"an image", b"x")]),
+            "the keys of {e.metadata} are no prompt hashes",
         ),
         "an empty store": (lambda e: e.log(), "nothing matched: the store is empty\n"),
         "only corrupted entries": (
@@ -399,16 +342,11 @@ def test_what_cannot_work_is_called_by_its_name(asked: Experiment, break_it: Any
     assert asked.files().keys() == before
 
 
-def test_a_renamed_data_mdb_is_a_file_where_a_folder_is_wanted(asked: Experiment) -> None:
-    copy = (asked.metadata / "data.mdb").rename(asked.metadata / "copy.mdb")
-    assert asked.run(lmdb_path=copy).err == f"error: {copy}{IS_A_FILE}"
-
-
 @table("content", {"gzip": gzip.compress(LINE.encode()), "UTF-16": LINE.encode("utf-16")})
 def test_the_option_in_the_hint_reads_the_qa_file(asked: Experiment, content: bytes) -> None:
     asked.qa.write_bytes(content)
     hint = asked.run().err.splitlines()[1].removeprefix("hint: ")
-    assert paste(asked, hint).returncode == 0
+    assert paste(asked, hint).startswith("QA lines: 1 (1 matched)\n")
 
 
 def test_the_line_that_converts_csv_makes_a_qa_file(asked: Experiment) -> None:
@@ -420,17 +358,10 @@ def test_the_line_that_converts_csv_makes_a_qa_file(asked: Experiment) -> None:
     assert result.lines[0]["answer"] == "an answer, with a comma"
 
 
-@table(
-    "content",
-    {
-        "a first line that is cut off": '{"prompt": "q"\n{"prompt": "q"}\n',
-        "a first line of words": 'a, b\n{"prompt": "q"}\n',
-        "words later on": '{"prompt": "q"}\nno JSON, but a comma\n',
-    },
-)
+@pytest.mark.parametrize("content", [f'{{"prompt": "q"\n{LINE}', f"a, b\n{LINE}", f"{LINE}no JSON, but a comma\n"])
 def test_one_bad_line_is_no_other_format(asked: Experiment, content: str) -> None:
     asked.qa.write_text(content)
-    assert summary(asked.run().err) == {"QA lines": 2, "matched": 1, "malformed": 1}
+    assert "QA lines: 2 (1 matched, 1 malformed)\n" in asked.run().err
 
 
 @pytest.mark.parametrize("name", ["qa_output_path", "lmdb_path", "output_path"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import pickle
+import resource
 import struct
 import sys
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def test_a_pickle_that_reaches_for_code_runs_nothing(experiment: Experiment, not
 )
 def test_a_pickle_made_to_exhaust_costs_its_own_entry_at_most(experiment: Experiment, attack: bytes) -> None:
     log_beside_a_good_entry(experiment, attack + b".")
-    result = experiment.run(memory=3 << 29)
+    result = experiment.run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29)))
     assert (result.code, [line["prompt"] for line in result.lines]) == (0, ["good"])
     assert "corrupted entry, skipped" in result.err
 
@@ -118,40 +119,6 @@ def test_memory_is_limited_for_the_command_by_itself(experiment: Experiment) -> 
     attack = b"]N" + b"".join(b"r" + struct.pack("<I", n) for n in (2**29, 2**30, 2**31)) + b"a."
     log_beside_a_good_entry(experiment, attack)
     assert [line["prompt"] for line in experiment.run(as_process=True).lines] == ["good"]
-
-
-def test_a_field_that_holds_itself_is_null(asked: Experiment) -> None:
-    messages: list[Any] = []
-    messages.append(messages)
-    asked.log(logged("q", messages=messages))
-    line = asked.run().lines[0]
-    assert (line["generation"], line["messages"]) == (" An answer.", None)
-
-
-def test_honest_sharing_comes_out_whole(asked: Experiment) -> None:
-    messages = [{"role": "system", "content": "be brief " * 50}, {"role": "user", "content": "q"}] * 8
-    asked.log(logged("q", messages=messages))
-    assert asked.run().lines[0]["messages"] == messages
-
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.frozensets(st.integers()),
-    lambda parts: st.lists(parts) | st.tuples(parts, parts) | st.dictionaries(st.text(), parts),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=30)
-@given(response=st.text(), other=PLAIN, protocol=st.integers(0, pickle.HIGHEST_PROTOCOL))
-def test_plain_data_comes_out_whatever_the_protocol_and_company(
-    asked: Experiment, response: str, other: Any, protocol: int
-) -> None:
-    entry = logged("q", response, logging_config=other, messages=[{"role": "user", "content": response}])
-    write_store(asked.metadata, [(prompt_of("q"), pickle.dumps(entry, protocol))])
-    line = asked.run().lines[0]
-    assert line["generation"] == response
-    for name in ("model", "input_length", "timestamp", "messages"):
-        assert line[name] == entry[name]
 
 
 @settings(max_examples=50)

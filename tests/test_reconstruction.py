@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import lmdb
-import pandas
 import pytest
-from experiment import SAMPLE, Experiment, key_of, logged, prompt_of, read_lines, summary, table, write_store
+from experiment import SAMPLE, Experiment, key_of, logged, prompt_of, read_lines, table, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,9 @@ JSON_VALUES = st.recursive(
     lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(), parts, max_size=3),
     max_leaves=6,
 )
+
+CIRCLE: list[object] = []
+CIRCLE.append(CIRCLE)
 
 
 def test_the_real_loggers_data_gives_the_expected_lines_in_order(experiment: Experiment) -> None:
@@ -40,16 +42,6 @@ def test_a_line_begins_with_the_very_bytes_of_its_qa_line(asked: Experiment) -> 
     assert asked.output.read_bytes().startswith(qa_line + b', "generation": ')
 
 
-def test_pandas_reads_the_output_as_hallulens_does(experiment: Experiment) -> None:
-    qa_lines = (SAMPLE / "qa.jsonl").read_bytes().splitlines(keepends=True)
-    del qa_lines[1]  # its integer of 22 digits, which pandas can read nowhere
-    experiment.qa.write_bytes(b"".join(qa_lines))
-    experiment.run(lmdb_path=SAMPLE / "activations.lmdb")
-    frame = pandas.read_json(experiment.output, lines=True)
-    assert frame[["prompt", "answer", "generation"]].shape == (10, 3)
-    assert frame["generation"][1] == " A maior cidade é São Paulo. 🏙️"
-
-
 @pytest.mark.parametrize("store", ["legacy/plain.lmdb", "legacy/wrapped.lmdb"])
 def test_early_loggers_stores_give_their_entries_with_null_timestamps(experiment: Experiment, store: str) -> None:
     result = experiment.run(qa_output_path=SAMPLE / "qa.jsonl", lmdb_path=SAMPLE / store)
@@ -64,16 +56,21 @@ def test_early_loggers_stores_give_their_entries_with_null_timestamps(experiment
 @given(
     question=st.text(st.characters(exclude_categories=["Cs"])),
     qa_fields=st.dictionaries(st.text() | st.sampled_from(["generation", *LOGGED]), JSON_VALUES, max_size=5),
-    entry=st.fixed_dictionaries({"response": st.text()}, optional=dict.fromkeys(LOGGED, JSON_VALUES)),
+    entry=st.fixed_dictionaries(
+        {"response": st.text()},
+        optional={**dict.fromkeys(LOGGED, JSON_VALUES), "other": st.binary() | st.sets(st.integers()) | st.tuples()},
+    ),
     escaped=st.booleans(),
+    protocol=st.integers(0, pickle.HIGHEST_PROTOCOL),
 )
 def test_any_qa_line_and_any_entry_come_out_as_one_line_of_json(
-    experiment: Experiment, question: str, qa_fields: dict, entry: dict, escaped: bool
+    experiment: Experiment, question: str, qa_fields: dict, entry: dict, escaped: bool, protocol: int
 ) -> None:
     qa = {**qa_fields, "prompt": question}
     qa_line = json.dumps(qa, ensure_ascii=escaped).encode("utf-8", "backslashreplace")
     experiment.qa.write_bytes(qa_line + b"\n")
-    experiment.log({"prompt": prompt_of(question), **entry})
+    value = pickle.dumps({"prompt": prompt_of(question), **entry}, protocol)
+    write_store(experiment.metadata, [(prompt_of(question), value)])
     result = experiment.run()
     assert result.code == 0, result.err
     present = {name: entry[name] for name in LOGGED if name in entry}
@@ -84,27 +81,10 @@ def test_any_qa_line_and_any_entry_come_out_as_one_line_of_json(
         assert experiment.output.read_bytes().startswith(qa_line[:-1])
 
 
-@table(
-    "response, written",
-    {
-        "what JSON must escape is escaped": ('a\n"b"\\\x00', r'"a\n\"b\"\\\u0000"'),
-        "line separators of Unicode end no line": ("a\u2028b\x85c", '"a\u2028b\x85c"'),
-        "a lone surrogate is escaped, and nothing else": ("é\ud83d🗾", r'"é\ud83d🗾"'),
-    },
-)
-def test_a_response_is_written_as(asked: Experiment, response: str, written: str) -> None:
-    asked.log(logged("q", response))
-    result = asked.run()
-    assert f'"generation": {written}, "model"'.encode() in asked.output.read_bytes()
-    assert result.lines[0]["generation"] == response
-
-
-def test_of_the_fields_that_an_entry_lacks_three_are_null_and_two_the_qa_lines_own(asked: Experiment) -> None:
-    asked.ask({"prompt": "q"}, {"prompt": "q", **dict.fromkeys(LOGGED, "mine")})
-    asked.log_prompts(prompt_of("q"))
-    bare, named = asked.run().lines
-    assert [bare.get(name, "absent") for name in LOGGED] == [None, None, None, "absent", "absent"]
-    assert [named[name] for name in LOGGED] == [None, None, None, "mine", "mine"]
+def test_of_a_response_only_what_json_must_escape_and_lone_surrogates_are_escaped(asked: Experiment) -> None:
+    asked.log(logged("q", 'a\n"b"\\\x00\u2028 é\ud83d🗾'))
+    asked.run()
+    assert rb'"generation": "a\n\"b\"\\\u0000' + '\u2028 é\\ud83d🗾", "model"'.encode() in asked.output.read_bytes()
 
 
 @table(
@@ -114,6 +94,7 @@ def test_of_the_fields_that_an_entry_lacks_three_are_null_and_two_the_qa_lines_o
         "bytes": b"bytes",
         "a key that is no string": [{"content": [{1: "one"}]}],
         "an integer of 5000 digits": 10**5000,
+        "a list that holds itself": CIRCLE,
     },
 )
 def test_an_entry_field_that_is_no_json_data_is_null_with_a_warning(asked: Experiment, value: object) -> None:
@@ -167,12 +148,12 @@ def test_a_malformed_line_is_reported_and_skipped(asked: Experiment, line: bytes
     result = asked.run()
     assert (result.code, len(result.lines)) == (0, 2)
     assert f"warning: {asked.qa}:2: malformed QA line, skipped: {reason}" in result.err
-    assert summary(result.err) == {"QA lines": 3, "matched": 2, "malformed": 1}
+    assert "QA lines: 3 (2 matched, 1 malformed)\n" in result.err
 
 
 def test_a_question_with_a_lone_surrogate_is_one_without_an_entry(asked: Experiment) -> None:
     asked.qa.write_bytes(b'{"prompt": "\\ud800"}\n{"prompt": "q"}\n')
-    assert summary(asked.run().err) == {"QA lines": 2, "matched": 1, "without an entry": 1}
+    assert asked.run().err.startswith("QA lines: 2 (1 matched, 1 without an entry)\n")
 
 
 @table(
@@ -192,7 +173,7 @@ def test_a_corrupted_entry_is_reported_and_skipped(experiment: Experiment, value
     result = experiment.run()
     assert (result.code, len(result.lines)) == (0, 1)
     assert f"warning: {experiment.qa}:2: corrupted entry, skipped: {reason}" in result.err
-    assert summary(result.err) == {"QA lines": 2, "matched": 1, "corrupted": 1}
+    assert "QA lines: 2 (1 matched, 1 corrupted)\n" in result.err
 
 
 def test_an_entry_that_is_corrupted_in_the_metadata_store_comes_from_the_activations_store(asked: Experiment) -> None:
@@ -294,7 +275,7 @@ def test_a_tilde_and_a_dot_mean_what_they_do_in_a_shell(asked: Experiment, monke
     monkeypatch.chdir(asked.metadata)
     result = asked.run(qa_output_path="~/qa.jsonl", lmdb_path="~/a.lmdb", output_path="~/out.jsonl")
     assert (result.code, len(result.lines)) == (0, 1)
-    assert asked.run(lmdb_path=".").code == 0
+    assert f"entries: 1 in {asked.metadata}\n" in asked.run(lmdb_path=".").err
 
 
 @pytest.mark.parametrize("missing", ["nothing", "lock files", "activations store"])
@@ -322,21 +303,10 @@ def test_qa_file_and_output_may_be_standard_streams_also_to_append(asked: Experi
     assert [line.get("generation") for line in read_lines(target)] == [None, " An answer."]
 
 
-def test_named_pipes_work_on_both_ends(asked: Experiment) -> None:
-    qa, output = asked.folder / "qa.pipe", asked.folder / "out.pipe"
-    os.mkfifo(qa)
-    os.mkfifo(output)
-    with ThreadPoolExecutor() as pool:
-        pool.submit(qa.write_bytes, b'{"prompt": "q"}\n')
-        received = pool.submit(output.read_bytes)
-        assert asked.run(qa_output_path=qa, output_path=output).code == 0
-    assert json.loads(received.result())["generation"] == " An answer."
-    assert output.is_fifo()
-
-
 def test_the_function_returns_the_counts_and_prints_nothing(asked: Experiment, capsys) -> None:
     asked.ask("q", "never asked")
-    counts = reconstruct_inference(asked.qa, asked.lmdb, asked.output)
+    templates = ["of no use {prompt}", prompt_of("{prompt}")]
+    counts = reconstruct_inference(asked.qa, asked.lmdb, asked.output, prompt_template=templates)
     found = {"qa_lines": 2, "matched": 1, "without_entry": 1, "from_metadata": 1, "metadata_entries": 1}
     assert vars(counts) == {**vars(Counts()), **found, "models": {"a-model": 1}}
     assert (counts.malformed, counts.activations_entries) == (0, None)
@@ -356,26 +326,18 @@ def test_the_function_raises_what_went_wrong_without_a_word_of_options(experimen
         reconstruct_inference(*paths, prompt_template="no field")
 
 
-def test_the_function_takes_one_template_or_several(experiment: Experiment) -> None:
-    experiment.ask("q", "w")
-    experiment.log_prompts("A q", "B w")
-    paths = experiment.qa, experiment.lmdb, experiment.output
-    assert reconstruct_inference(*paths, prompt_template="A {prompt}").matched == 1
-    assert reconstruct_inference(*paths, prompt_template=["A {prompt}", "B {prompt}"]).matched == 2
-
-
 def test_python_users_get_log_records_of_the_usual_levels(asked: Experiment, caplog: pytest.LogCaptureFixture) -> None:
     asked.ask("q", *[{"n": 1}] * 5)
     caplog.set_level("DEBUG", "reconstruct_inference")
-    reconstruct_inference(asked.qa, asked.lmdb, asked.output)
+    reconstruct_inference(asked.qa, asked.lmdb, asked.output, prompt_template=prompt_of("{prompt}"))
     assert [record.levelname for record in caplog.records] == ["DEBUG"] + ["WARNING"] * 5 + ["INFO"] * 3
 
 
 def test_several_threads_may_read_one_store(asked: Experiment) -> None:
-    outputs = [asked.folder / f"out{number}.jsonl" for number in range(8)]
+    outputs = [asked.folder / f"out{number}.jsonl" for number in range(24)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda output: reconstruct_inference(asked.qa, asked.lmdb, output), outputs))
-    assert [len(read_lines(output)) for output in outputs] == [1] * 8
+    assert [len(read_lines(output)) for output in outputs] == [1] * 24
 
 
 @pytest.mark.parametrize("store", ["metadata", "lmdb"])
@@ -388,13 +350,3 @@ def test_a_store_that_this_process_has_open_is_said_to_be_and_stays_usable(asked
         with env.begin(write=True) as transaction:
             assert transaction.put(b"still", b"usable")
     assert asked.run().code == 0
-
-
-@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
-def test_an_activations_store_that_is_the_metadata_store_is_not_opened_twice(asked: Experiment, link) -> None:
-    asked.lmdb.mkdir()
-    link(asked.lmdb / "data.mdb", asked.metadata / "data.mdb")
-    asked.ask("never asked", "q")
-    result = asked.run()
-    assert len(result.lines) == 1
-    assert result.err.count("entries: ") == 1

@@ -18,7 +18,7 @@ from typing import Any
 
 import lmdb
 import pytest
-from experiment import NOBODY, Experiment, key_of, logged, summary, table, with_activations, write_store, writer_to
+from experiment import NOBODY, Experiment, key_of, logged, table, with_activations, write_store, writer_to
 
 PAGE = 4096
 QUESTIONS = [f"question {n}" for n in range(120)]
@@ -110,7 +110,7 @@ def test_no_damage_to_the_metadata_store_loses_a_generation(both: Experiment, da
     damage_store(both.metadata, damage, seed)
     result = both.run()
     assert [line["prompt"] for line in result.lines] == QUESTIONS
-    assert summary(result.err) == {"QA lines": 120, "matched": 120}
+    assert "QA lines: 120 (120 matched)\n" in result.err
 
 
 @each_damage
@@ -122,9 +122,7 @@ def test_of_one_store_each_entry_on_intact_pages_is_recovered(alone: Experiment,
     for entry, question, own_pages in zip(ENTRIES, QUESTIONS, pages):
         if not own_pages & hit:
             assert found[question] == entry["response"]
-    counts = summary(result.err)
-    assert counts.pop("QA lines") == sum(counts.values()) == 120
-    assert counts["matched"] == len(result.lines)
+    assert f"QA lines: 120 ({len(found)} matched" in result.err
 
 
 @table(
@@ -176,15 +174,6 @@ def test_of_several_versions_salvage_takes_the_newest(asked: Experiment) -> None
     assert generations(asked.run()) == ["version 1"]
 
 
-def test_an_entry_under_another_prompts_key_is_not_taken(experiment: Experiment) -> None:
-    experiment.ask("q", "w")
-    write_store(experiment.metadata, [(GOOD["prompt"], OTHER), (OTHER["prompt"], OTHER)])
-    damage_store(experiment.metadata, "meta pages zeroed")
-    result = experiment.run()
-    assert [line["prompt"] for line in result.lines] == ["w"]
-    assert "its `prompt` is another one" in result.err
-
-
 @pytest.mark.skipif(lmdb.__version__ < "3", reason="this lmdb cannot write files of LMDB 1.0")
 @table("damage, fewest", {"sound": ("", 120), "cut": ("end cut off", 10), "no meta pages": ("meta pages zeroed", 120)})
 def test_stores_of_lmdb_1_0_are_read(experiment: Experiment, damage: str, fewest: int) -> None:
@@ -234,12 +223,6 @@ def test_a_file_in_which_lmdb_would_miss_entries_or_die_is_salvaged_with_a_warni
     ]
 
 
-@table("flags", {"DUPSORT": 4, "INTEGERKEY": 8})
-def test_a_main_database_of_another_kind_loses_nothing(alone: Experiment, flags: int) -> None:
-    change(alone.metadata, lambda at: (at.meta + 92, "<H", flags))
-    assert generations(alone.run()) == RESPONSES
-
-
 @table(
     "key, value, cut",
     {
@@ -284,14 +267,7 @@ def test_beside_entries_samples_are_counted_and_not_read_and_other_keys_are_no_d
     write_store(asked.metadata, [(GOOD["prompt"], GOOD), *samples, (b"settings", b""), (b"z" * 100, b"x")])
     result = asked.run()
     assert result.err.startswith(f"warning: {asked.metadata}: 3 samples of prompts asked several times, not read\nQA")
-    assert f"entries: 1 in {asked.metadata}" in result.err
-    assert summary(result.err) == {"QA lines": 2, "matched": 1, "without an entry": 1}
-
-
-def test_an_lmdb_of_something_else_is_called_that_and_not_searched(asked: Experiment) -> None:
-    write_store(asked.metadata, [(f"image-{n}".encode(), b"x" * 100) for n in range(10)])
-    error = f"error: the keys of {asked.metadata} are no prompt hashes: it is an LMDB of something else\n"
-    assert asked.run().err.startswith(error)
+    assert f"QA lines: 2 (1 matched, 1 without an entry)\nentries: 1 in {asked.metadata}\n" in result.err
 
 
 def test_long_values_of_activations_are_not_read(experiment: Experiment) -> None:
@@ -351,7 +327,7 @@ def test_another_users_store_is_read(readable_only: Experiment, lock_file: bool)
 
 
 def test_another_users_store_with_a_live_logger_is_read_and_said_to_have_changed(readable_only: Experiment) -> None:
-    readable_only.ask(*QUESTIONS * 100)
+    readable_only.ask(*QUESTIONS * 30)
     with writer_to(readable_only.metadata):
         result = readable_only.run(user=NOBODY)
     assert result.code == 0
