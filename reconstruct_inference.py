@@ -342,31 +342,26 @@ def is_same_file(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def look_everything_up(folder: str, lock: bool, more_than: int) -> Iterator[int]:
-    """Yields how many keys a store says that it has. Where that is more than asked for, each entry is found by
-    its own key, to the last byte of its value, and entries and keys `<hash>_<request id>` are yielded as well."""
-    with lmdb.open(folder, lock=lock, **READ_ONLY) as store, store.begin() as keys, store.begin(buffers=True) as values:
-        expected = keys.stat()["entries"]
-        yield expected
-        if expected <= more_than:
-            return
-        entries = samples = met = 0
-        for met, key in enumerate(keys.cursor().iternext(values=False), 1):
-            if len(key) == 64:
-                if key.strip(b"0123456789abcdef"):
-                    return
-                values.get(key, b"")[-1]  # an IndexError where there is no value
-                entries += 1
-            elif key[64:65] == b"_":
-                samples += 1
-            if met > expected:  # trees can go in circles
-                return
-        if met == expected:
-            yield from (entries, samples)
+def look_everything_up(keys: Any, values: Any, expected: int) -> tuple[int, int]:
+    """The numbers of entries, each found by its own key to its value's last byte, and of keys `<hash>_<request id>`."""
+    entries = samples = met = 0
+    for met, key in enumerate(keys.cursor().iternext(values=False), 1):
+        if len(key) == 64:
+            if key.strip(b"0123456789abcdef"):
+                raise ValueError("no hash")
+            values.get(key, b"")[-1]  # an IndexError where there is no value
+            entries += 1
+        elif key[64:65] == b"_":
+            samples += 1
+        if met > expected:  # trees can go in circles
+            break
+    if met != expected:
+        raise ValueError("not all there")
+    return entries, samples
 
 
 def rehearse(folder: str, lock: bool, more_than: int) -> list[int]:
-    """What `look_everything_up` yields in a child process, as far as it comes: it may die of a damaged store."""
+    """The number of keys that a store claims and, if more than asked for, what is found: as far as a child gets."""
     reading, writing = os.pipe()
     # A signal that came before the child's `try` would have it do what this process does.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -378,8 +373,12 @@ def rehearse(folder: str, lock: bool, more_than: int) -> list[int]:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where lmdb speaks as it dies
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            for number in look_everything_up(folder, lock, more_than):
-                os.write(writing, b"%d " % number)
+            opened = lmdb.open(folder, lock=lock, **READ_ONLY)
+            with opened as store, store.begin() as keys, store.begin(buffers=True) as values:
+                expected = keys.stat()["entries"]
+                os.write(writing, b"%d " % expected)
+                if expected > more_than:  # no loop here: Python 3.13 forgets `with` where a signal comes in its jump
+                    os.write(writing, b"%d %d" % look_everything_up(keys, values, expected))
         finally:
             os._exit(0)
     try:
