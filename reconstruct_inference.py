@@ -51,7 +51,7 @@ import lmdb
 
 __version__ = "2.0.0"
 
-# As servers log it up to February 2026, and later, when a single user message has lost its role.
+# As servers log a prompt up to February 2026, and after, where a single message has no role.
 DEFAULT_PROMPT_TEMPLATE = "user: Answer in one sentence. Q:{prompt}\n A:"
 DEFAULT_PROMPT_TEMPLATES = (DEFAULT_PROMPT_TEMPLATE, DEFAULT_PROMPT_TEMPLATE.removeprefix("user: "))
 
@@ -131,13 +131,15 @@ def refuse_other_formats(head: bytes, path: str) -> None:
         other = "is empty"
     elif head.startswith(b"\x1f\x8b"):
         other, hint = "is compressed with gzip", f"--qa_output_path <(zcat {name})"
-    elif head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+    elif head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:4].count(b"\0") == 2:
         other, hint = "is in UTF-16", f"--qa_output_path <(iconv -f UTF-16 -t UTF-8 {name})"
+    elif b"\0" in head:
+        other = "is no text file"
     elif first.startswith(b"[") or (first.startswith(b"{") and goes_on and not first.rstrip().endswith(b"}")):
         other, hint = "is one JSON document, and no JSON Lines", "write one JSON object a line"
     elif goes_on and not first.startswith(b"{") and (b"," in first or path.endswith(".csv")):
         code = "import sys, pandas; pandas.read_csv(sys.argv[1]).to_json(sys.argv[2], orient='records', lines=True)"
-        other, hint = "looks like CSV, and no JSON Lines", f'python3 -c "{code}" {name} qa.jsonl'
+        other, hint = "looks like CSV, and no JSON Lines", f'python3 -c "{code}" {name} {name}.jsonl'
     if other:
         raise ReconstructionError(f"{path} {other}", hint)
 
@@ -207,7 +209,7 @@ class PromptTemplate:
         if not typed.isprintable():
             spelled = re.sub(r"[\\']|[^ -~]", lambda c: "".join(f"\\x{byte:02x}" for byte in c[0].encode()), typed)
             word = f"$'{spelled}'"
-        return f"--prompt_template{'=' if typed.startswith('-') else ' '}{word}"
+        return f"--prompt_template {word}"
 
 
 def key_of(prompt: str) -> bytes:
@@ -302,7 +304,7 @@ def newest_entry(versions: Iterable[io.BytesIO | LongValue], prompt: str) -> Ent
                 newest, newest_at = entry, logged_at
         except CorruptedEntry as error:
             trouble = error
-    if trouble and not newest:
+    if trouble and newest is None:
         raise trouble
     return newest
 
@@ -342,14 +344,14 @@ def is_same_file(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def look_everything_up(keys: Any, values: Any, expected: int) -> tuple[int, int]:
+def look_everything_up(scan: Any, lookup: Any, expected: int) -> tuple[int, int]:
     """The numbers of entries, each found by its own key to its value's last byte, and of keys `<hash>_<request id>`."""
     entries = samples = met = 0
-    for met, key in enumerate(keys.cursor().iternext(values=False), 1):
+    for met, key in enumerate(scan.cursor().iternext(values=False), 1):
         if len(key) == 64:
             if key.strip(b"0123456789abcdef"):
                 raise ValueError("no hash")
-            values.get(key, b"")[-1]  # an IndexError where there is no value
+            lookup.get(key, b"")[-1]  # an IndexError where there is no value
             entries += 1
         elif key[64:65] == b"_":
             samples += 1
@@ -374,11 +376,11 @@ def rehearse(folder: str, lock: bool, more_than: int) -> list[int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where lmdb speaks as it dies
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             opened = lmdb.open(folder, lock=lock, **READ_ONLY)
-            with opened as store, store.begin() as keys, store.begin(buffers=True) as values:
-                expected = keys.stat()["entries"]
+            with opened as store, store.begin() as scan, store.begin(buffers=True) as lookup:
+                expected = scan.stat()["entries"]
                 os.write(writing, b"%d " % expected)
-                if expected > more_than:  # no loop here: Python 3.13 forgets `with` where a signal comes in its jump
-                    os.write(writing, b"%d %d" % look_everything_up(keys, values, expected))
+                if expected > more_than:  # by a function: a signal in a loop here makes Python 3.13 forget the `with`
+                    os.write(writing, b"%d %d" % look_everything_up(scan, lookup, expected))
         finally:
             os._exit(0)
     try:
@@ -478,21 +480,23 @@ def open_store(folder: str, more_than: int, stack: contextlib.ExitStack) -> Lmdb
         raise ReconstructionError(f"{folder}: no such folder")
     if not os.path.lexists(file):
         raise ReconstructionError(f"{folder} has no `data.mdb`, but {listed(sorted(os.listdir(folder))) or 'nothing'}")
-    if not os.path.isfile(file) or not os.path.getsize(file):
-        raise ReconstructionError(f"{file} is empty, or no file")
+    if not os.access(file, os.R_OK) or not os.path.isfile(file) or not os.path.getsize(file):
+        raise ReconstructionError(f"{file} is empty, or must not be read")
     # Through a symbolic or hard link, lmdb would write to what it leads to.
     can_lock = os.path.isfile(lock_file) and not os.path.islink(lock_file) and os.stat(lock_file).st_nlink == 1
+    claimed = -1
     for lock in (can_lock, False):  # the lock may fail, or without one a logger's commit fall into the rehearsal
-        keys, *kinds = rehearse(folder, lock, more_than) or [more_than]
+        keys, *kinds = rehearse(folder, lock, more_than) or [-1]
+        claimed = max(claimed, keys)
         if kinds:
             entries, samples = kinds
-            if keys > 0 == entries + samples:
+            if keys and not entries and not samples:
                 raise ReconstructionError(f"the keys of {folder} are no prompt hashes: it is an LMDB of something else")
             if samples:
                 log.warning("%s: %s of prompts asked several times, not read", folder, counted(samples, "sample"))
             with contextlib.suppress(lmdb.Error):
                 return LmdbStore(folder, lock, entries, stack)
-    if more_than >= 0 and keys <= more_than:
+    if more_than >= 0 and claimed <= more_than:  # also where it is too damaged to tell
         return None
     log.warning("%s is damaged, or not for this lmdb: its file is searched for entries", folder)
     store = SalvagedStore(folder, stack)
@@ -525,7 +529,7 @@ class EntryFinder:
                 store = open_store(folder, more_than, stack)
                 self.stores += [store] if store else []
                 self._spare_folder = "" if store else folder
-            except ReconstructionError as error:
+            except (ReconstructionError, OSError) as error:
                 troubles[folder] = str(error)
         if not self.stores:
             there = [trouble for folder, trouble in troubles.items() if os.path.exists(folder)]
@@ -555,7 +559,7 @@ class EntryFinder:
                     trouble = error
                     if self._spare_folder:
                         folder, self._spare_folder = self._spare_folder, ""
-                        with contextlib.suppress(ReconstructionError):
+                        with contextlib.suppress(ReconstructionError, OSError):
                             self.stores += filter(None, [open_store(folder, -1, self._stack)])  # the loop's next
         if trouble:
             raise trouble
@@ -640,7 +644,7 @@ class Join:
             except MalformedLine as reason:
                 counts.malformed += 1
                 log.warning(LINE_WARNING, path, number, "malformed QA line, skipped", reason)
-                self.unmatched.append(qa)
+                self.unmatched.extend(filter(None, [qa]))
                 continue
             if log.isEnabledFor(logging.DEBUG):
                 outcome = "matched" if entry else f"no entry for {quoted(prompt)}"
@@ -728,9 +732,8 @@ def candidate_templates(prompt: str, qa: QA) -> set[str]:
     marks = dict(zip(fields, map(chr, range(0xE000, 0xE008))))  # of Unicode's private use: no text has them
     marked, together = set(), prompt
     for field, mark in marks.items():
-        before, _, after = prompt.rpartition(qa[field])
         together = together.replace(qa[field], mark)
-        marked |= {before + mark + after, prompt.replace(qa[field], mark), together}
+        marked |= {prompt.replace(qa[field], mark), together}
     names = str.maketrans({"{": "{{", "}": "}}"} | {mark: f"{{{field}}}" for field, mark in marks.items()})
     return {text.translate(names) for text in marked}
 
@@ -758,7 +761,7 @@ class Comparison:
         for text in texts:
             for piece in pieces_of(text):
                 holders.setdefault(piece, []).append(text)
-        rare = {piece: texts for piece, texts in holders.items() if len(texts) <= 20}
+        rare = {piece: holding for piece, holding in holders.items() if len(holding) <= 20}
         for prompt in self.stored:
             pieces = pieces_of(letters_of(prompt))
             shared = collections.Counter(text for piece in pieces & rare.keys() for text in rare[piece])
@@ -776,7 +779,7 @@ class Comparison:
             template, prompts = proposal.template, proposal.found.keys()
             by_chance = sum(len(prompt) - template.own_length for prompt in prompts) < 16  # characters
             is_explained = any(prompts <= better.found.keys() for better in proposals)
-            if by_chance or is_explained or len(prompts) == 1 < len(self.qa_lines):
+            if by_chance or is_explained or (len(prompts) == 1 and len(self.qa_lines) > 1):
                 continue
             # One that most of the matched lines match too is a judge's or a question generator's.
             if not matched or 2 * Proposal(template.text, matched, entries).qa_lines < len(matched):
@@ -793,15 +796,14 @@ class Comparison:
             return []
 
         def likeness(pair: tuple[str, str]) -> float:
-            one, other = (pieces_of(letters_of(text)) for text in pair)
-            return len(one & other) / (len(one | other) or 1)
+            ours, theirs = (pieces_of(letters_of(text)) for text in pair)
+            return len(ours & theirs) / (len(ours | theirs) or 1)
 
         one, other = max((twins or tried)[:4000], key=likeness)
         differ = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), 0)
         start = max(0, differ - 60) if max(len(one), len(other)) > 160 else 0  # of long ones the part around it
         lines = [f"  tried:         {quoted(one[start:])}", f"  in the store:  {quoted(other[start:])}"]
-        stands = {(prompt, field) for prompt, field, qa in self.close if qa[field] in prompt}
-        fields = collections.Counter(field for _, field in stands)
+        fields = collections.Counter(field for _, field in {(p, f) for p, f, qa in self.close if qa[f] in p})
         looked_at = f"{counted(len(self.stored), 'prompt')} of the store"
         if twins:
             lines.append("They differ only in white space, case, accents or punctuation.")
@@ -817,19 +819,19 @@ def explain(join: Join) -> tuple[list[str], str]:
     """Why QA lines have no entry, in some lines of text, and a hint; nothing where all is well."""
     counts, matched = join.counts, join.matched
     unused = max(store.entries for store in join.entries.stores) - counts.matched - counts.corrupted
-    if matched and not (counts.without_entry and unused > 0):  # of a run that asked some questions, all are used
+    if matched and not (counts.without_entry and unused > 0):  # all entries of a sampled run are used
         return [], ""
     known = f"nothing matched: no prompt made of {counted(counts.qa_lines, 'QA line')} is in the store"
     if matched:
         known = f"{counted(counts.without_entry, 'QA line has', 'QA lines have')} no entry, though at least "
         known += counted(unused, "entry of the store matches no line", "entries of the store match no line")
     elif counts.corrupted:
-        known = f"nothing matched: none of {counted(counts.corrupted, 'entry', 'entries')} can be used"
+        known = f"nothing matched: {counted(counts.corrupted, 'entry', 'entries')} found, but none usable"
     elif not unused:
         known = "nothing matched: the store is empty"
     elif not counts.without_entry:
         there = dict.fromkeys(field for qa in join.unmatched for field, text in qa.items() if type(text) is str)
-        known = f"nothing matched: no QA line has text in {listed(join.fields)}, only in {listed(there, 20) or 'none'}"
+        known = f"nothing matched: no QA line has text in {listed(join.fields)}; found: {listed(there, 20) or 'none'}"
     comparison = Comparison(join)
     proposals = comparison.proposals()
     if not proposals:
@@ -952,10 +954,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="exit codes: 0 lines were written, 1 error or nothing matched, 2 wrong usage, 130 and 143 stopped",
         allow_abbrev=False,
     )
-    how = (
-        "how a prompt was made: {name} is a field of the QA line, \\n a line break; of several, the first that has an "
-    )
-    how += f"entry counts; not sure? leave it out (default: {DEFAULT_PROMPT_TEMPLATE!r}, with `user: ` or without)"
+    how = "how a prompt was made: {name} is a field of the QA line, \\n a line break; of several, the first that has "
+    how += f"an entry counts; not sure? leave it out (default: {DEFAULT_PROMPT_TEMPLATE!r}, with `user: ` or without)"
     path: dict[str, Any] = {"required": True, "type": os.path.expanduser, "metavar": "PATH"}
     add = parser.add_argument
     add("--qa_output_path", **path, help="the JSONL of the questions that were asked; `-` is standard input")

@@ -66,10 +66,15 @@ def with_activations(entry: dict[str, Any]) -> dict[str, Any]:
     return {"data": data | {"all_layers_activations": [b"\x80hidden" * 10_000] * 2}, "metadata": {}}
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(pairs) == len(dict(pairs))
+    return dict(pairs)
+
+
 def read_lines(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8")
     assert text.endswith("\n")
-    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+    return [json.loads(line, object_pairs_hook=unique) for line in text.removesuffix("\n").split("\n")]
 
 
 class Experiment:

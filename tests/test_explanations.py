@@ -149,26 +149,26 @@ def log_like_hallulens(experiment: Experiment, template: str, role: str, asked: 
 
 @pytest.mark.parametrize("role", ["user: ", ""], ids=["early server", "late server"])
 def test_all_convincing_templates_are_shown_and_the_user_chooses(experiment: Experiment, role: str) -> None:
-    log_like_hallulens(experiment, "Reply briefly: {prompt}", role)
+    log_like_hallulens(experiment, "Reply briefly: {prompt}", role, asked=range(25))
     result = experiment.run()
     assert result.code == 1
-    assert re.findall(" matches 30 QA lines, (.*)", result.err) == [
-        "`model-under-test` answered ' It is said that 0.'",
-        "`big-model` answered 'What is known of the subject that has the number 0?'",
-        "`big-model` answered 'fact 0'",
+    assert re.findall(" matches (.*)", result.err) == [
+        "25 QA lines, `model-under-test` answered ' It is said that 0.'",
+        "30 QA lines, `big-model` answered 'What is known of the subject that has the number 0?'",
+        "30 QA lines, `big-model` answered 'fact 0'",
     ]
     options = proposals(result.err)
     assert options[0] == f"--prompt_template '{role}Reply briefly: {{prompt}}'"
     assert len(options) == 3
     assert "the same server logs judges and question generators too" in result.err
-    assert paste(experiment, options[0]).startswith("QA lines: 30 (30 matched)\n")
+    assert "QA lines: 30 (25 matched, 5 without an entry)\n" in paste(experiment, options[0])
 
 
 def test_the_failing_run_names_the_fields_that_there_are_and_what_would_match(experiment: Experiment) -> None:
     experiment.ask({"question": "Who wrote the play Hamlet?", "n": 1})
     experiment.log_prompts("user: Who wrote the play Hamlet?", model="m")
     assert experiment.run().err.splitlines()[1:] == [
-        "error: nothing matched: no QA line has text in `prompt`, only in `question`",
+        "error: nothing matched: no QA line has text in `prompt`; found: `question`",
         "  'user: {question}' matches 1 QA line, `m` answered 'response 0'",
         "hint: run it again with the template of your model; the same server logs judges and question generators too",
         "  --prompt_template 'user: {question}'",
@@ -182,28 +182,28 @@ def test_a_handful_of_questions_is_found_in_a_large_store(experiment: Experiment
     assert proposals(experiment.run().err) == ["--prompt_template 'user: {prompt}'"]
 
 
+ANOTHER = "it seems to be of another experiment"
+
+
 @table(
-    "qa, prompts",
+    "qa, prompts, said",
     {
-        "other questions": ([{"prompt": "Who?"}], [prompt_of("What?")]),
-        "short answers that stand in prompts by chance": (
-            [{"prompt": f"Who is number {n}?", "answer": answer} for n, answer in enumerate(["play", "the", "1889"])],
-            [f"user: {question}" for question in QUESTIONS],
+        "other questions": ([{"prompt": "Who?"}], [prompt_of("What?")], ANOTHER),
+        "blank values": ([{"prompt": " ", "x": ""}], ["user: What is this?"], ANOTHER),
+        "short answers that fit by chance": (
+            [{"prompt": f"Which is number {n}?", "answer": town} for n, town in enumerate(["Berlin", "Vienna"])],
+            [f"Name one building in {town}." for town in ("Berlin", "Vienna", "Lima", "Oslo", "Bonn")],
+            "`answer` stands in 2 of 5 prompts of the store, but no template makes them of whole fields",
         ),
-        "short answers that fit a few prompts alike": (
-            [{"prompt": f"Which is number {n}?", "answer": town} for n, town in enumerate(["Paris", "Rome"])],
-            [f"Name one building in {town}." for town in ("Paris", "Rome", "Lima", "Oslo", "Bonn")],
-        ),
-        "blank values": ([{"prompt": " ", "x": ""}], ["user: What is this?"]),
     },
 )
-def test_an_unrelated_store_is_called_that_and_no_output_is_made(experiment: Experiment, qa: Any, prompts: Any) -> None:
+def test_of_an_unrelated_store_nothing_is_proposed_nor_made(experiment: Experiment, qa, prompts, said) -> None:
     experiment.ask(*qa)
     experiment.log_prompts(*prompts)
     before = set(experiment.folder.rglob("*"))
     result = experiment.run(output_path=experiment.folder / "new" / "out.jsonl")
     assert result.code == 1
-    assert "it seems to be of another experiment" in result.err
+    assert said in result.err
     assert "--prompt_template" not in result.err
     assert set(experiment.folder.rglob("*")) == before
 
@@ -293,7 +293,7 @@ LINE = '{"prompt": "q"}\n'
 CSV = 'prompt,answer\nq,"an answer, with a comma"\n'
 SPREAD = json.dumps([{"prompt": "q", "n": 1}], indent=1)
 DOCUMENT = "{e.qa} is one JSON document, and no JSON Lines\nhint: write one JSON object a line\n"
-NO_FIELD = "nothing matched: no QA line has text in `prompt`, only in none\n"
+NO_FIELD = "nothing matched: no QA line has text in `prompt`; found: none\n"
 IS_A_FILE = " is a file, where a folder with a `data.mdb` is wanted\n"
 NO_ENTRY = "{e.metadata}: 0 entries recovered\nerror: nothing matched: the store is empty\n"
 
@@ -307,11 +307,10 @@ NO_ENTRY = "{e.metadata}: 0 entries recovered\nerror: nothing matched: the store
         "an array on one line": (lambda e: e.qa.write_text('[{"prompt": "q"}]\n'), DOCUMENT),
         "an array on many lines": (lambda e: e.qa.write_text(SPREAD), DOCUMENT),
         "an object spread over lines": (lambda e: e.qa.write_text(SPREAD[2:-2]), DOCUMENT),
+        "swapped files": (lambda e: {"qa_output_path": e.metadata / "data.mdb"}, "data.mdb is no text file\n"),
         "an empty QA file": (lambda e: e.qa.write_bytes(b""), "{e.qa} is empty\n"),
         "words": (lambda e: e.qa.write_text("no JSON\nnor this\n"), NO_FIELD),
-        "blank lines": (lambda e: e.qa.write_text("\n \n"), NO_FIELD),
         "no QA file": (lambda e: e.qa.unlink(), "cannot read {e.qa}: No such file or directory\n"),
-        "a folder": (lambda e: {"qa_output_path": e.metadata}, "cannot read {e.metadata}: Is a directory\n"),
         "swapped paths": (lambda e: {"qa_output_path": e.metadata, "lmdb_path": e.qa}, "{e.qa}" + IS_A_FILE),
         "a store that is one file": (
             lambda e: {"lmdb_path": (e.metadata / "data.mdb").rename(e.folder / "one.mdb")},
@@ -319,7 +318,7 @@ NO_ENTRY = "{e.metadata}: 0 entries recovered\nerror: nothing matched: the store
         ),
         "the parent": (lambda e: {"lmdb_path": e.folder}, "has no `data.mdb`, but `a.lmdb_metadata`, `qa.jsonl`\n"),
         "no store": (lambda e: {"lmdb_path": e.folder / "no"}, "{e.folder}/no_metadata: no such folder; "),
-        "an empty data.mdb": (lambda e: (e.metadata / "data.mdb").write_bytes(b""), "data.mdb is empty, or no file\n"),
+        "an empty data.mdb": (lambda e: (e.metadata / "data.mdb").write_bytes(b""), "data.mdb is empty, or must not"),
         "no LMDB file": (lambda e: (e.metadata / "data.mdb").write_bytes(b"text" * 9999), NO_ENTRY),
         "something else": (
             lambda e: write_store(e.metadata, [(b"an image", b"x")]),
@@ -328,7 +327,7 @@ NO_ENTRY = "{e.metadata}: 0 entries recovered\nerror: nothing matched: the store
         "an empty store": (lambda e: e.log(), "nothing matched: the store is empty\n"),
         "only corrupted entries": (
             lambda e: e.log(logged("q", None)),
-            "nothing matched: none of 1 entry can be used\n",
+            "nothing matched: 1 entry found, but none usable\n",
         ),
     },
 )
@@ -353,8 +352,8 @@ def test_the_line_that_converts_csv_makes_a_qa_file(asked: Experiment) -> None:
     asked.qa.write_text(CSV)
     command = asked.run().err.splitlines()[1].removeprefix("hint: ")
     python = command.replace("python3", shlex.quote(sys.executable), 1)
-    subprocess.run(["bash", "-c", f"cd {asked.metadata} && {python}"], check=True, timeout=60)
-    result = asked.run(qa_output_path=asked.metadata / "qa.jsonl")
+    subprocess.run(["bash", "-c", python], check=True, timeout=60)
+    result = asked.run(qa_output_path=f"{asked.qa}.jsonl")
     assert result.lines[0]["answer"] == "an answer, with a comma"
 
 

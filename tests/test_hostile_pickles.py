@@ -42,6 +42,8 @@ def nothing_runs(asked: Experiment) -> Iterator[None]:
     events = []
     yield
     found, events = events, None
+    with pytest.raises(TypeError):
+        pickle.loads(b"\x82\xf0)R.")  # is still `os.system`, and no stand-in
     copyreg.remove_extension("os", "system", 0xF0)
     copyreg.clear_extension_cache()
     assert found == []
@@ -98,7 +100,6 @@ def test_a_pickle_that_reaches_for_code_runs_nothing(experiment: Experiment, not
         "FRAME of an absurd size": b"\x80\x04\x95" + b"\xff" * 8,
         "LONG4 of 2 GiB": b"\x8b\xff\xff\xff\x7f1",
         "LONG_BINPUT with a huge index": b"Nr\xff\xff\xff\xff",
-        "PUT with an absurd index": b"Np1000000000000000000\n",
         "many MARKs": b"(" * 100_000,
         "many nested lists": b"]" * 100_000 + b"a" * 99_999,
         "many nested tuples": b")" + b"\x85" * 100_000,

@@ -100,8 +100,7 @@ def test_of_a_response_only_what_json_must_escape_and_lone_surrogates_are_escape
 def test_an_entry_field_that_is_no_json_data_is_null_with_a_warning(asked: Experiment, value: object) -> None:
     asked.log(logged("q", messages=value))
     result = asked.run()
-    assert result.lines[0]["messages"] is None
-    assert result.lines[0]["generation"] == " An answer."
+    assert (result.lines[0]["messages"], result.lines[0]["generation"]) == (None, " An answer.")
     assert f"warning: {asked.qa}:1: no JSON data, null instead: `messages`\n" in result.err
 
 
@@ -160,9 +159,8 @@ def test_a_question_with_a_lone_surrogate_is_one_without_an_entry(asked: Experim
     "value, reason",
     {
         "no pickle": (b"\x80\x04no pickle", "cannot be unpickled"),
-        "no dict": (["a list"], "no text in `response`"),
         "no response": ({"prompt": prompt_of("q")}, "no text in `response`"),
-        "no fields where they should be": ({"data": 7}, "no text in `response`"),
+        "no fields where they should be": ({"data": ["a list"]}, "no text in `response`"),
         "a response that is no text": (logged("q", b"bytes"), "no text in `response`"),
         "another prompt's entry": (logged("another"), "its `prompt` is another one"),
     },
