@@ -30,13 +30,12 @@ MINIMAL_LOOP = """
 import hashlib, json, pickle, sys
 import lmdb
 qa_path, store, output_path = sys.argv[1:]
-template = "user: Answer in one sentence. Q:{prompt}\\n A:"
 names = "model", "input_length", "timestamp", "messages", "trim_position"
 encode = json.JSONEncoder(ensure_ascii=False).encode
 transaction = lmdb.open(store, readonly=True, lock=False).begin(buffers=True)
 with open(qa_path, "rb") as qa_file, open(output_path, "wb", buffering=1 << 18) as output:
     for line in qa_file:
-        prompt = template.format(prompt=json.loads(line)["prompt"])
+        prompt = "user: Answer in one sentence. Q:" + json.loads(line.decode())["prompt"] + "\\n A:"
         value = transaction.get(hashlib.sha256(prompt.encode()).hexdigest().encode())
         if value is not None:
             entry = pickle.loads(value)
