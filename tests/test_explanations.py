@@ -349,10 +349,10 @@ def test_the_option_in_the_hint_reads_the_qa_file(asked: Experiment, content: by
 
 
 def test_the_line_that_converts_csv_makes_a_qa_file(asked: Experiment) -> None:
+    pytest.importorskip("pandas")
     asked.qa.write_text(CSV)
-    command = asked.run().err.splitlines()[1].removeprefix("hint: ")
-    python = command.replace("python3", shlex.quote(sys.executable), 1)
-    subprocess.run(["bash", "-c", python], check=True, timeout=60)
+    hint = asked.run().err.splitlines()[1].removeprefix("hint: ").replace("python3", shlex.quote(sys.executable), 1)
+    subprocess.run(["bash", "-c", hint], check=True, timeout=60)
     result = asked.run(qa_output_path=f"{asked.qa}.jsonl")
     assert result.lines[0]["answer"] == "an answer, with a comma"
 
