@@ -41,7 +41,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` sees to it, Ctrl-C leaves no traceback
     if sys.version_info < (3, 10):  # noqa: UP036
         sys.exit(f"error: this needs Python 3.10 or later, which `uv run {sys.argv[0]}` brings along")
     if not all(map(importlib.util.find_spec, ("lmdb", "tqdm"))):
@@ -195,12 +194,15 @@ class PromptTemplate:
             raise ValueError("it names no QA field, as {prompt} would, so every prompt would be the same")
         self.own_length = len(self.tail) + sum(len(text) for text, _ in self.parts)  # in characters
 
-    def make_prompt(self, qa: QA) -> str | None:
-        """The prompt for one QA line; None where a field that the template names is missing or holds no text."""
+    def make_prompt(self, qa: QA) -> str:
+        """The prompt for one QA line, empty where a field that the template names is missing or holds no text."""
         try:
-            return "".join([text + qa[field] for text, field in self.parts]) + self.tail
+            prompt = ""
+            for text, field in self.parts:
+                prompt += text + qa[field]
+            return prompt + self.tail
         except (KeyError, TypeError):
-            return None
+            return ""
 
     def option(self) -> str:
         """The command-line option; what a terminal would obey in it is spelled out in bash's $'…'."""
@@ -316,8 +318,7 @@ def newest_entry(versions: Iterable[io.BytesIO | LongValue], prompt: str) -> Ent
 
 SHORT_VALUE = 1 << 16  # bytes; a longer value holds activations
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A map of size 0 is one of the logger's own size, with room for what it writes meanwhile.
-READ_ONLY: dict[str, Any] = {"readonly": True, "create": False, "map_size": 0}
+READ_ONLY: dict[str, Any] = {"readonly": True, "create": False, "map_size": 0}  # 0: the logger's own, it grows
 
 
 def locate_stores(path: str) -> tuple[str, str]:
@@ -349,7 +350,7 @@ def look_everything_up(scan: Any, lookup: Any, expected: int) -> tuple[int, int]
     entries = samples = met = 0
     for met, key in enumerate(scan.cursor().iternext(values=False), 1):
         if len(key) == 64:
-            if key.strip(b"0123456789abcdef"):
+            if key.translate(None, b"0123456789abcdef"):
                 raise ValueError("no hash")
             lookup.get(key, b"")[-1]  # an IndexError where there is no value
             entries += 1
@@ -537,16 +538,16 @@ class EntryFinder:
         for trouble in troubles.values():
             log.warning("%s", trouble)
 
-    def find(self, qa: QA, templates: list[PromptTemplate]) -> tuple[str | None, Entry | None, str]:
+    def find(self, qa: QA, templates: list[PromptTemplate]) -> tuple[str, Entry | None, str]:
         """The first prompt made of a QA line that has a usable entry, the entry, and its store's folder.
 
-        Else the first prompt and None, or None twice where no template makes one; a CorruptedEntry if none is usable.
+        Else the first prompt, empty where no template makes one, and None; a CorruptedEntry if none is usable.
         """
-        tried: str | None = None
+        tried = ""
         trouble: CorruptedEntry | None = None
         for template in templates:
             prompt = template.make_prompt(qa)
-            if prompt is None:
+            if not prompt:
                 continue
             tried = tried or prompt
             key = key_of(prompt)
@@ -591,12 +592,13 @@ def encode(fields: dict[str, Any]) -> str | None:
 def refuse_other_keys(value: Any) -> None:
     """Raises a TypeError for a key that is no text, of which json would make some."""
     if type(value) is dict:
-        for key in value:
+        for key, item in value.items():
             if type(key) is not str:
                 raise TypeError
-        value = list(value.values())
-    for item in value if type(value) is list else ():
-        if type(item) is not str:
+            if type(item) is not str:
+                refuse_other_keys(item)
+    elif type(value) is list:
+        for item in value:
             refuse_other_keys(item)
 
 
@@ -635,7 +637,7 @@ class Join:
             try:
                 qa = parse_qa(line)
                 prompt, entry, folder = self.entries.find(qa, self.templates)
-                if prompt is None:
+                if not prompt:
                     raise MalformedLine(f"no text in {listed(self.fields)}")
             except CorruptedEntry as reason:
                 counts.corrupted += 1
@@ -714,7 +716,7 @@ class Proposal:
         for qa in qa_lines:
             with contextlib.suppress(CorruptedEntry):
                 prompt, entry, _ = entries.find(qa, [self.template])
-                if prompt is not None and entry:
+                if entry:
                     self.qa_lines += 1
                     self.found[prompt] = entry
 
@@ -789,8 +791,7 @@ class Comparison:
     def closest(self) -> list[str]:
         """A prompt tried and the one in the store most like it; where other lines match, only if nearly the same."""
         pairs = [(prompt, qa) for prompt, _, qa in self.close] or list(zip(self.stored, self.join.unmatched))
-        made = [(template.make_prompt(qa), prompt) for prompt, qa in pairs for template in self.join.templates]
-        tried = [(one, other) for one, other in made if one is not None]
+        tried = [(one, other) for other, qa in pairs for each in self.join.templates if (one := each.make_prompt(qa))]
         twins = [(one, other) for one, other in tried if letters_of(one) == letters_of(other)]
         if not tried or (self.join.matched and not twins):
             return []

@@ -53,7 +53,7 @@ def test_missing_packages_are_one_line_with_the_command_that_installs_them() -> 
     assert said.stderr.endswith("/python -m pip install 'lmdb>=1.4.1' 'tqdm>=4.65'\n")
 
 
-@pytest.mark.parametrize("version", [(3, 7), (3, 9)])
+@pytest.mark.parametrize("version", [(3, 8), (3, 9)])
 def test_an_older_python_is_told_so_in_one_line(version: tuple[int, int]) -> None:
     ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=version)  # so that it gets as far as the check
     run = f"import runpy, sys; sys.version_info = {version}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
