@@ -482,7 +482,7 @@ def open_store(folder: str, more_than: int, stack: contextlib.ExitStack) -> Lmdb
     if not os.path.lexists(file):
         raise ReconstructionError(f"{folder} has no `data.mdb`, but {listed(sorted(os.listdir(folder))) or 'nothing'}")
     if not os.access(file, os.R_OK) or not os.path.isfile(file) or not os.path.getsize(file):
-        raise ReconstructionError(f"{file} is empty, or must not be read")
+        raise ReconstructionError(f"{file} is empty, or cannot be read")
     # Through a symbolic or hard link, lmdb would write to what it leads to.
     can_lock = os.path.isfile(lock_file) and not os.path.islink(lock_file) and os.stat(lock_file).st_nlink == 1
     claimed = -1

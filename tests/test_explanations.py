@@ -318,7 +318,7 @@ NO_ENTRY = "{e.metadata}: 0 entries recovered\nerror: nothing matched: the store
         ),
         "the parent": (lambda e: {"lmdb_path": e.folder}, "has no `data.mdb`, but `a.lmdb_metadata`, `qa.jsonl`\n"),
         "no store": (lambda e: {"lmdb_path": e.folder / "no"}, "{e.folder}/no_metadata: no such folder; "),
-        "an empty data.mdb": (lambda e: (e.metadata / "data.mdb").write_bytes(b""), "data.mdb is empty, or must not"),
+        "an empty data.mdb": (lambda e: (e.metadata / "data.mdb").write_bytes(b""), "data.mdb is empty, or cannot be"),
         "no LMDB file": (lambda e: (e.metadata / "data.mdb").write_bytes(b"text" * 9999), NO_ENTRY),
         "something else": (
             lambda e: write_store(e.metadata, [(b"an image", b"x")]),

@@ -340,7 +340,7 @@ def test_a_store_that_may_not_be_read_is_one_plain_line(readable_only: Experimen
     result = readable_only.run(user=NOBODY)
     assert result.code == 1
     assert result.err.splitlines()[-1].startswith("error: ")
-    assert "data.mdb is empty, or must not be read" in result.err
+    assert "data.mdb is empty, or cannot be read" in result.err
 
 
 @table(
