@@ -119,6 +119,7 @@ BUFFER_SIZE = 1 << 18  # bytes
 JSON_WHITESPACE = " \t\r\n"
 FIELD_NAME = re.compile(r"(?!\d+$)[^{}.\[!:]+")  # that can stand in a template's braces
 _decode_json = json.JSONDecoder().raw_decode
+_new_hash = hashlib.sha256().copy  # of no text yet; OpenSSL would look the algorithm up for each made anew
 
 
 def refuse_other_formats(head: bytes, path: str) -> None:
@@ -217,11 +218,12 @@ class PromptTemplate:
 def key_of(prompt: str) -> bytes:
     """The key under which the logger keeps a prompt: the lower-case hex SHA-256 of its UTF-8."""
     # No model can have received lone surrogates, which UTF-8 lacks: they get a key that no entry has.
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest().encode()
+    prompt_hash = _new_hash()
+    prompt_hash.update(prompt.encode("utf-8", "surrogatepass"))
+    return prompt_hash.hexdigest().encode()
 
 
 # --- Entries: what the logger kept of a request -----------------------------------------------------
-#
 # A value is a pickle, and a pickle is a program: it names what the unpickler shall import and call. So
 # whatever it names is replaced by a stand-in that can be called and filled and does nothing.
 
@@ -312,7 +314,6 @@ def newest_entry(versions: Iterable[io.BytesIO | LongValue], prompt: str) -> Ent
 
 
 # --- The stores: where the entries lie --------------------------------------------------------------
-#
 # lmdb maps a file and trusts it: on a damaged one it may end the process, or miss entries. So a
 # child process rehearses the reading first, and where that fails, the file is searched instead.
 
@@ -348,7 +349,8 @@ def is_same_file(one: str, other: str) -> bool:
 def look_everything_up(scan: Any, lookup: Any, expected: int) -> tuple[int, int]:
     """The numbers of entries, each found by its own key to its value's last byte, and of keys `<hash>_<request id>`."""
     entries = samples = met = 0
-    for met, key in enumerate(scan.cursor().iternext(values=False), 1):
+    for key in itertools.islice(scan.cursor().iternext(values=False), expected + 1):  # trees can go in circles
+        met += 1
         if len(key) == 64:
             if key.translate(None, b"0123456789abcdef"):
                 raise ValueError("no hash")
@@ -356,8 +358,6 @@ def look_everything_up(scan: Any, lookup: Any, expected: int) -> tuple[int, int]
             entries += 1
         elif key[64:65] == b"_":
             samples += 1
-        if met > expected:  # trees can go in circles
-            break
     if met != expected:
         raise ValueError("not all there")
     return entries, samples
@@ -626,11 +626,11 @@ class Join:
         self.entries, self.templates, self.prompt_as_sent = entries, templates, prompt_as_sent
         self.fields = dict.fromkeys(field for template in templates for _, field in template.parts)
         self.counts = Counts()
-        self.matched: collections.deque[QA] = collections.deque(maxlen=100)
+        self.matched: list[QA] = []  # the first hundred
         self.unmatched: collections.deque[QA] = collections.deque(maxlen=500)
 
     def merge_lines(self, qa_lines: Iterable[tuple[int, bytes]], path: str) -> Iterator[bytes]:
-        counts = self.counts
+        counts, is_debugging = self.counts, log.isEnabledFor(logging.DEBUG)
         for number, line in qa_lines:
             counts.qa_lines += 1
             qa: QA = {}
@@ -648,7 +648,7 @@ class Join:
                 log.warning(LINE_WARNING, path, number, "malformed QA line, skipped", reason)
                 self.unmatched.extend(filter(None, [qa]))
                 continue
-            if log.isEnabledFor(logging.DEBUG):
+            if is_debugging:
                 outcome = "matched" if entry else f"no entry for {quoted(prompt)}"
                 log.debug("%s:%d: %s: %s", path, number, key_of(prompt).decode(), outcome)
             if not entry:
@@ -660,7 +660,8 @@ class Join:
             merged, unusable = merge(line, qa, entry)
             if unusable:
                 log.warning(LINE_WARNING, path, number, "no JSON data, null instead", listed(unusable))
-            self.matched.append(qa)
+            if counts.matched < 100:
+                self.matched.append(qa)
             counts.matched += 1
             model = str(entry["model"])
             counts.models[model] = counts.models.get(model, 0) + 1
@@ -702,7 +703,6 @@ def write_output(path: str, lines: Iterable[bytes]) -> None:
 
 
 # --- Missing entries: why, and what would match -----------------------------------------------------
-#
 # A server logs whatever goes through it, also what made the questions or judged them: the user chooses.
 
 
