@@ -119,7 +119,7 @@ BUFFER_SIZE = 1 << 18  # bytes
 JSON_WHITESPACE = " \t\r\n"
 FIELD_NAME = re.compile(r"(?!\d+$)[^{}.\[!:]+")  # that can stand in a template's braces
 _decode_json = json.JSONDecoder().raw_decode
-_new_hash = hashlib.sha256().copy  # of no text yet; OpenSSL would look the algorithm up for each made anew
+_new_hash = hashlib.sha256().copy  # quicker than a hash made anew, for which OpenSSL looks its algorithm up
 
 
 def refuse_other_formats(head: bytes, path: str) -> None:
