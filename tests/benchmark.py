@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment import SCRIPT, logged, write_store
+from helpers import SCRIPT, logged, write_store
 from tqdm import tqdm
 
 MINIMAL_LOOP = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from experiment import Experiment, logged
+from helpers import Experiment, logged
 from hypothesis import HealthCheck, settings
 
 # Each example overwrites what the one before left in the experiment's folder.

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from experiment import SCRIPT, Experiment, logged, prompt_of, proposals, table, write_store
+from helpers import SCRIPT, Experiment, logged, prompt_of, proposals, table, write_store
 
 QUESTIONS = [
     "Who wrote the play Hamlet?",

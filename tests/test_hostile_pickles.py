@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from experiment import Experiment, logged, prompt_of, table, write_store
+from helpers import Experiment, logged, prompt_of, table, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from experiment import SCRIPT, Experiment, logged, read_lines, table
+from helpers import SCRIPT, Experiment, logged, read_lines, table
 
 OLD = b'{"old": true}\n'
 INPUTS = ["qa.jsonl", "a.lmdb_metadata/data.mdb", "a.lmdb_metadata/lock.mdb", "a.lmdb/data.mdb", "a.lmdb/lock.mdb"]

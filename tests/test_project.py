@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment import SAMPLE, SCRIPT, Experiment, read_lines
+from helpers import SAMPLE, SCRIPT, Experiment, read_lines
 
 PROJECT = SCRIPT.parent
 README = (PROJECT / "README_reconstruction.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import pytest
-from experiment import SAMPLE, Experiment, key_of, logged, prompt_of, read_lines, table, write_store
+from helpers import SAMPLE, Experiment, key_of, logged, prompt_of, read_lines, table, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

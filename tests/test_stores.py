@@ -18,7 +18,7 @@ from typing import Any
 
 import lmdb
 import pytest
-from experiment import NOBODY, Experiment, key_of, logged, table, with_activations, write_store, writer_to
+from helpers import NOBODY, Experiment, key_of, logged, table, with_activations, write_store, writer_to
 
 PAGE = 4096
 QUESTIONS = [f"question {n}" for n in range(120)]
