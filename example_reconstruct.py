@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the data that an inference run leaves behind, rebuilds its generation.jsonl, and shows what comes out."""
+"""Makes the data that an inference run leaves behind, rebuilds its generation.jsonl, and shows each step."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import lmdb
 
 import reconstruct_inference
 from reconstruct_inference import DEFAULT_PROMPT_TEMPLATE
+
+PATHS = ["--qa_output_path", "--lmdb_path", "--output_path"]
 
 QUESTIONS = [
     {"index": 0, "title": "Curling", "prompt": "From which island do curling stones come?", "answer": "Ailsa Craig"},
@@ -59,39 +61,50 @@ def log_requests(lmdb_path: Path) -> None:
                 transaction.put(key, pickle.dumps(fields | {"timestamp": time.time(), "has_activations": True}))
 
 
-def show(folder: Path) -> str:
-    """Makes the data in a folder, rebuilds its generation.jsonl, and shows that; returns the command that did it."""
+def command(*paths: object) -> list[str]:
+    """Returns the command that rebuilds a generation.jsonl, for three paths."""
+    options = [word for name, path in zip(PATHS, paths) for word in (name, str(path))]
+    return [sys.executable, reconstruct_inference.__file__, *options]
+
+
+def show(folder: Path) -> None:
+    """Makes the data in a folder, rebuilds its generation.jsonl, and shows each step."""
     qa_path, lmdb_path, output_path = folder / "qa.jsonl", folder / "run.lmdb", folder / "generation.jsonl"
     write_qa_file(qa_path)
     log_requests(lmdb_path)
-    options = [f"--qa_output_path={qa_path}", f"--lmdb_path={lmdb_path}", f"--output_path={output_path}"]
-    print("What the command says:\n", flush=True)
-    reconstruct_inference.main(options)
-    print("\nThe first line that it writes, spread out:\n")
-    with output_path.open(encoding="utf-8") as file:
-        print(json.dumps(json.loads(file.readline()), indent=4, ensure_ascii=False))
-    return shlex.join([sys.executable, reconstruct_inference.__file__, *options])
+    print(f"1. A QA file with {len(QUESTIONS)} questions. Its first line:\n")
+    print(qa_path.read_text(encoding="utf-8").splitlines()[0])
+    print(
+        f"\n2. The logger's LMDB, {lmdb_path}, has {len(RESPONSES)} entries. One question was never asked, on purpose."
+    )
+    print("\n3. The command:\n")
+    print(shlex.join(command(qa_path, lmdb_path, output_path)))
+    print("\n4. What it says:\n", flush=True)
+    reconstruct_inference.main(command(qa_path, lmdb_path, output_path)[2:])
+    rebuilt = [json.loads(line) for line in output_path.read_text(encoding="utf-8").splitlines()]
+    print("\n5. The first line that it wrote, spread out:\n")
+    print(json.dumps(rebuilt[0], indent=4, ensure_ascii=False))
+    right = sum(line["generation"] == RESPONSES[line["index"]] for line in rebuilt)
+    print(f"\n{right} of {len(RESPONSES)} answers are those that were logged. All files are in {folder}.")
+    print("\nOn your own data, put your paths in the place of the capital letters:\n")
+    own = command("YOUR_QA.jsonl", "YOUR_LMDB", "generation.jsonl")
+    print(f"cd YOUR_FOLDER && {shlex.join(own)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    about_folder = "where the data stays; it must be new or empty (default: a temporary one)"
+    about_folder = "folder for the files, new or empty (default: a new temporary one)"
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help=about_folder)
     folder = parser.parse_args().folder
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary_folder:
-            show(Path(temporary_folder))
-        print("\nThat was in a temporary folder. To keep one to play with:\n")
-        print(shlex.join([sys.executable, __file__, "reconstruct_example"]))
-        return
     try:
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="reconstruct_example_"))
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            parser.error(f"{folder} is not empty; nothing in it was touched")
-        command = show(folder.absolute())
+            parser.error(f"{folder} is not empty; nothing in it was changed")
+        show(folder.absolute())
     except OSError as error:
         parser.error(f"cannot write to {folder}: {error.strerror}")
-    print(f"\nThe command, to run again:\n\n{command}")
 
 
 if __name__ == "__main__":

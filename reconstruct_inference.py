@@ -48,15 +48,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036
-        sys.exit("error: this needs Python 3.10 or later")
+        sys.exit("error: reconstruct_inference requires Python 3.10 or later")
     if not (importlib.util.find_spec("lmdb") and importlib.util.find_spec("tqdm")):
-        sys.exit(f"error: this needs lmdb and tqdm: {sys.executable} -m pip install 'lmdb>=1.4.1' 'tqdm>=4.65'")
+        sys.exit(f"error: lmdb and tqdm are missing: {sys.executable} -m pip install 'lmdb>=1.4.1' 'tqdm>=4.65'")
 
 import lmdb
 
 __version__ = "3.0.0"
 
-# Servers log a chat message as `role: content`. Since February 2026, a single one is logged without its role.
+# Servers log a chat message as `role: content`. Since February 2026 they log a single one without its role.
 DEFAULT_PROMPT_TEMPLATE = "user: Answer in one sentence. Q:{prompt}\n A:"
 DEFAULT_PROMPT_TEMPLATES = (DEFAULT_PROMPT_TEMPLATE, DEFAULT_PROMPT_TEMPLATE.removeprefix("user: "))
 
@@ -97,7 +97,7 @@ class Counts(types.SimpleNamespace):
         self.qa_lines = 0  # lines of the QA file that are not blank
         self.matched = 0  # lines written
         self.without_entry = 0  # QA lines whose prompt is in no store
-        self.malformed = 0  # QA lines that were skipped
+        self.malformed = 0  # QA lines that are not JSON objects or lack the template's fields
         self.corrupted = 0  # QA lines whose entry was found but cannot be used
         self.models: dict[str, ModelCount] = collections.defaultdict(ModelCount)  # of the matched lines
 
@@ -120,7 +120,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 @contextlib.contextmanager
 def progress_bar(what: str, size: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
-    """Shows a bar on the terminal. Yields the function that moves it by some of `size` bytes."""
+    """Shows a bar on the terminal. Yields a function that advances it by a number of bytes."""
     if not shown:
         yield lambda number_of_bytes: None
         return
@@ -145,7 +145,7 @@ _new_hash = hashlib.sha256().copy  # faster than sha256(), which looks the algor
 
 
 def read_qa_lines(path: str, progress: bool) -> Iterator[tuple[int, bytes]]:
-    """Yields number and bytes of the lines that are not blank. Raises ReconstructionError."""
+    """Yields the number and the bytes of each line that is not blank. Raises ReconstructionError."""
     try:
         with io.BufferedReader(io.FileIO(path), BUFFER_SIZE) as qa_file:
             if qa_file.isatty():
@@ -173,12 +173,12 @@ def parse_qa(line: bytes) -> QA:
     text = line.decode().strip()
     qa, end = _decode_json(text)
     if type(qa) is not dict or end < len(text):
-        raise ValueError(f"{type(qa).__name__} of {end} characters")
+        raise ValueError(f"there is a {type(qa).__name__}, which ends at column {end}")
     return qa
 
 
 def not_json_lines(path: str, first_line: bytes) -> ReconstructionError:
-    """Returns the error for a QA file without JSON objects. It names a format only for certain."""
+    """Returns the error for a QA file without JSON objects. It names a format only if it is certain."""
     if not first_line:
         return ReconstructionError(f"{path} is empty or has only blank lines")
     text, file = first_line.decode(errors="backslashreplace").strip(), shlex.quote(path)
@@ -194,7 +194,7 @@ def not_json_lines(path: str, first_line: bytes) -> ReconstructionError:
 
 def texts_of(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
     """Yields the names and texts of a QA line's fields, numbers and nested fields included."""
-    if type(value) in (str, int, float) and str(value).strip():
+    if type(value) in (str, int, float):
         yield name, str(value)
     items: Any = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
     for step, item in items if depth < MAX_DEPTH else ():
@@ -223,7 +223,7 @@ class PromptTemplate:
             raise ValueError(f"{quoted(text)} cannot be used: {error}") from None
 
     def make_prompt(self, qa: QA) -> str:
-        """Returns the prompt for a QA line, or an empty text if it lacks a field of the template."""
+        """Returns the prompt for a QA line, or an empty text if the line lacks a field."""
         try:
             prompt = ""
             for own_text, name in self.parts:
@@ -255,7 +255,7 @@ def key_of(prompt: str) -> bytes:
 # Decodes what the logger kept of a request. A value is a pickle, and a pickle is a program: it names what
 # the unpickler imports and calls. So every name gives a stand-in that does nothing.
 
-ZERO_BLOCK = "\0" * 512  # the smallest block that a disk loses
+ZERO_BLOCK = "\0" * 512  # a sector, the least that a disk loses
 MAX_TIMESTAMP = 253_402_300_799  # seconds since 1970, the end of the year 9999
 
 
@@ -283,8 +283,7 @@ class ValueFile(io.RawIOBase):
 
     def __init__(self, read_at: Callable[[int, int], bytes], start: int, size: int) -> None:
         self._read_at = read_at  # called with a position and a number of bytes
-        self._position = start
-        self._end = start + size
+        self._position, self._end = start, start + size
 
     def read(self, size: int = -1) -> bytes:
         rest = self._end - self._position
@@ -299,7 +298,7 @@ class ValueFile(io.RawIOBase):
 
 
 def read_entry(load: Callable[[], object]) -> tuple[object, Entry]:
-    """Returns the prompt of a value to load, if any, and its entry. Raises CorruptedEntry.
+    """Loads a value. Returns its prompt, or None, and its entry. Raises CorruptedEntry.
 
     The metadata store holds the logged fields themselves, the activations store `{"data": fields, …}`, or
     from the earliest loggers, the fields.
@@ -362,7 +361,7 @@ def newest_entry(values: Iterable[Callable[[], object]], prompt: str) -> Entry |
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOCK_PATIENCE = 5  # seconds; a lock server that is down never answers
-SHORT_VALUE = 1 << 16  # bytes; a longer value holds activations
+SHORT_VALUE = 1 << 16  # bytes; a longer value is read piece by piece
 MAX_STORE_SIZE = 1 << 42  # bytes; a header that claims more is damaged
 SAMPLE_SIZE = 6_000  # entries to look at when some are missing
 ZARR_FILES = {".zgroup", ".zarray", ".zattrs", "zarr.json"}
@@ -382,9 +381,9 @@ def exit_on_stop_signals() -> None:
 
 
 def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
-    """Returns the result of a function in a child process, or None if it fails there."""
+    """Runs a function in a child process. Returns its JSON result, or None if it fails."""
     shared = mmap.mmap(-1, mmap.PAGESIZE)  # memory that both processes see
-    # A signal before the child has handlers of its own would make it do the parent's work.
+    # Signals wait until the child has its own handlers. The parent's would clean up for the parent.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with warnings.catch_warnings():
@@ -421,10 +420,10 @@ def answer_and_exit(shared: mmap.mmap, mask: Any, function: Callable[..., object
 
 
 def locate_stores(path: str) -> list[str]:
-    """Returns the paths of the metadata store and the activations store, which need not exist.
+    """Returns the paths of the metadata store and the activations store, or that of a single store.
 
-    The logger keeps the activations store at P and appends `_metadata` to the text of P for the other one,
-    so this lies beside P, or inside it if P ends in a slash. P may also be a store that is one file.
+    The logger keeps the activations store at P and appends `_metadata` to the text of P for the other one, which
+    lies beside P, or inside it if P ends in a slash.
     """
     if os.path.basename(path) == "data.mdb" and os.path.isfile(path):
         path = os.path.dirname(path) or "."
@@ -432,8 +431,8 @@ def locate_stores(path: str) -> list[str]:
     places = [f"{base}_metadata", f"{base}/_metadata"]
     if path.endswith("/"):
         places.reverse()
-    for place in filter(os.path.exists, places):
-        return [place, base]
+    if place := next(filter(os.path.exists, places), None):
+        return [place] if is_same_file(data_file(place), data_file(base)) else [place, base]
     if base.endswith("_metadata"):
         return [base, os.path.normpath(base.removesuffix("_metadata"))]
     return [base] if os.path.isfile(base) else [places[0], base]
@@ -466,11 +465,11 @@ def require_readable(path: str) -> None:
             raise UnusableStore(f"cannot read {path}: {error.strerror}") from None
         names = sorted(os.listdir(path))
         is_zarr = ZARR_FILES & set(names)
-        what = "it is an unsupported Zarr store" if is_zarr else f"it contains {listed(names) or 'nothing'}"
+        what = "it is a Zarr store, which is not supported" if is_zarr else f"it contains {listed(names) or 'nothing'}"
         raise UnusableStore(f"{path} has no `data.mdb`; {what}") from None
     descriptors = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else []
     if any(is_same_file(f"/dev/fd/{descriptor}", file) for descriptor in descriptors):
-        raise ReconstructionError(f"{file} is open in this process already; close it there first")
+        raise ReconstructionError(f"{file} is already open in this process; close it first")
 
 
 def open_lmdb(path: str, lock: bool) -> lmdb.Environment:
@@ -482,7 +481,7 @@ def open_lmdb(path: str, lock: bool) -> lmdb.Environment:
 
 
 def ask_child(function: Callable[..., dict[str, int]], path: str, *arguments: object) -> dict[str, int]:
-    """Returns what a function finds in a store and whether it was locked, or nothing."""
+    """Runs a check of a store in a child process. Returns its result and `lock`, or {} if it fails."""
     file = lock_file(path)
     # Through a symbolic or hard link, lmdb would write to what it leads to.
     can_lock = os.path.isfile(file) and not os.path.islink(file) and os.stat(file).st_nlink == 1
@@ -524,7 +523,7 @@ def look_up_every_entry(scan: Any, lookup: Any, advance: Callable[[int], object]
             if key.translate(None, b"0123456789abcdef"):
                 raise ValueError("a key of this length is a hash")
             value = lookup.get(key)
-            value[-1]  # a TypeError if the key leads nowhere
+            bytes(value[-1:])  # reads its last page; a TypeError if the key leads nowhere
             advance(len(value))
     if keys != claimed:
         raise ValueError("not every key is there")
@@ -545,14 +544,14 @@ class LmdbStore:
             yield from (key for key in transaction.cursor().iternext(values=False) if len(key) == 64)
 
     def values(self, key: bytes) -> Iterable[Callable[[], object]]:
-        """Returns what loads the value of a key, if any. Raises CorruptedEntry if lmdb fails."""
+        """Returns a loader for the value of a key, if any. Raises CorruptedEntry if lmdb fails."""
         try:
             value = (self._snapshot or self._environment.begin(buffers=True)).get(key)
         except lmdb.Error as error:
             raise CorruptedEntry(f"it cannot be read ({error})") from None
         if value is None:
             return ()
-        if value[0] == ord("{"):  # JSON, from other loggers than HalluLens'
+        if value and value[0] == ord("{"):  # JSON, which loggers other than HalluLens' write
             return (lambda: json.loads(bytes(value)),)
         if len(value) <= SHORT_VALUE:
             return (InertUnpickler(io.BytesIO(value)).load,)
@@ -564,17 +563,16 @@ class LmdbStore:
 # in one piece, and a pickle says where it ends.
 PICKLED_DICTIONARY = re.compile(rb"(?s)\x80(?:[\x02\x03]|[\x04\x05]\x95.{8})\}")
 LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # in the first two pages, of at most 64 kB each
-SCAN_BLOCK = 1 << 12  # bytes, what a failing disk loses at once
-OVERLAP = 12  # bytes, so that a beginning is never cut
+SCAN_BLOCK = 1 << 12  # bytes, a page, which is what an unreadable sector costs
+OVERLAP = 11  # bytes, so that no beginning is cut
 
 
 class SalvagedStore:
     """A store whose file is scanned for pickled entries, whatever its structure."""
 
     def __init__(self, path: str, progress: bool, stack: contextlib.ExitStack) -> None:
-        self.path = path
-        self.lost = 0  # entries that it once had, as far as is known
-        self.read_error = ""  # what the disk said about a block that it cannot read
+        self.path, self.lost = path, 0  # lost entries, as far as they are known
+        self.read_error = ""  # of the last block that could not be read
         self._file = os.open(data_file(path), os.O_RDONLY)
         stack.callback(os.close, self._file)
         self.size = os.fstat(self._file).st_size
@@ -593,7 +591,7 @@ class SalvagedStore:
         return iter(sorted(self._starts))
 
     def values(self, key: bytes) -> Iterable[Callable[[], object]]:
-        """Returns what loads the versions of a key's value."""
+        """Returns loaders for the versions of a key's value."""
         return map(self._value_at, self._starts.get(key, ()))
 
     def _value_at(self, start: int) -> Callable[[], object]:
@@ -618,7 +616,7 @@ def open_store(path: str, progress: bool, stack: contextlib.ExitStack) -> LmdbSt
             what = "this LMDB holds something else, or only multi-sample entries (`<hash>_<id>`)"
             raise UnusableStore(f"the keys in {path} are not prompt hashes: {what}")
         if others:
-            log.warning("%s: multi-sample entries (`<hash>_<id>`) are not supported; skipped", path)
+            log.warning("%s: multi-sample entries (`<hash>_<id>`) and other keys are not supported; skipped", path)
         return LmdbStore(path, found, stack)
     store = SalvagedStore(path, progress, stack)
     if not store.entries and LMDB_MAGIC not in store.read(0, 1 << 17):
@@ -646,7 +644,7 @@ class EntryFinder:
         self.stores: list[LmdbStore | SalvagedStore] = []
         self._unopened = list(paths)
         self._progress, self._stack = progress, stack
-        self.sample_bound = b"g"  # the keys below it are a sample; all are at first
+        self.sample_bound = b"g"  # keys below it are the sample; at first, every key
         self.used_keys: set[bytes] = set()  # of the sample, those that belong to a QA line
         while not self.stores:
             self._open_next_store()
@@ -663,7 +661,7 @@ class EntryFinder:
             log.warning("%s", error)
             return False
         self.stores.append(store)
-        if store.entries > SAMPLE_SIZE:  # which is a share of all hashes, as they are random
+        if store.entries > SAMPLE_SIZE:  # hashes are random, so a range of them is a fair sample
             self.sample_bound = min(self.sample_bound, b"%016x" % ((SAMPLE_SIZE << 64) // store.entries))
         return True
 
@@ -675,11 +673,8 @@ class EntryFinder:
         claims = ask_child(read_claims, self._unopened[0])
         return not claims or claims["keys"] > self.stores[0].key_count
 
-    def find(self, qa: QA, templates: Iterable[PromptTemplate]) -> tuple[str, Entry | None]:
-        """Returns the first prompt with an entry and that, else the first prompt, if any, and None.
-
-        Raises CorruptedEntry if there are entries, but none is usable.
-        """
+    def find(self, qa: QA, templates: Sequence[PromptTemplate]) -> tuple[str, Entry | None]:
+        """Returns the first prompt with an entry, and that, or the first prompt and None. Raises CorruptedEntry."""
         first_prompt = ""
         reason: CorruptedEntry | None = None
         for template in templates:
@@ -735,7 +730,7 @@ def encode(fields: Entry) -> str | None:
     """Returns the JSON text of some fields, or None if JSON cannot represent them."""
     try:
         return _encode_json(fields)
-    except (TypeError, ValueError, RecursionError, MemoryError):  # the third in a circle
+    except (TypeError, ValueError, RecursionError, MemoryError):  # RecursionError: it contains itself
         return None
 
 
@@ -764,7 +759,7 @@ class Join:
         self.matched_sample: list[QA] = []  # the first ones
         self.unmatched_count = 0  # QA lines without an entry, or without the fields
         self.unmatched_sample: list[QA] = []
-        self._sample_step = 1  # every which one is kept, after the first ones
+        self._sample_step = 1  # after the first ones, every n-th is kept
         self._warned: collections.Counter[str] = collections.Counter()
 
     def merge_lines(self, progress: bool) -> Iterator[bytes]:
@@ -816,7 +811,7 @@ class Join:
             model.last = logged_at
 
     def _keep_unmatched(self, qa: QA) -> None:
-        """Keeps the first lines, as many runs ask only these, and as many spread over the rest."""
+        """Keeps the first lines, because many runs ask only these, and as many of the others."""
         half = UNMATCHED_SAMPLE_SIZE // 2
         if self.unmatched_count < half or self.unmatched_count % self._sample_step == 0:
             self.unmatched_sample.append(qa)
@@ -826,7 +821,7 @@ class Join:
         self.unmatched_count += 1
 
     def _warn(self, number: int, problem: str, reason: object) -> None:
-        """Warns about the first QA lines with a problem. The rest is for those who debug."""
+        """Warns about the first QA lines with a problem. Logs the others at debug level."""
         self._warned[problem] += 1
         level = logging.WARNING if self._warned[problem] <= LINE_WARNINGS else logging.DEBUG
         log.log(level, "%s:%d: %s: %s", self._qa_path, number, problem, reason)
@@ -834,15 +829,15 @@ class Join:
 
 @contextlib.contextmanager
 def open_output(path: str) -> Iterator[BinaryIO]:
-    """Opens a pipe, or a file that appears when it is whole. Raises ReconstructionError."""
+    """Opens a pipe, or a temporary file that replaces the output once it is complete."""
     try:
         if path == "/dev/stdout" or (os.path.exists(path) and not os.path.isfile(path)):
-            # Opening standard output anew would lose what was there before a `>>`.
+            # Opening /dev/stdout would truncate a file that the shell opened with `>>`.
             with open(os.dup(1) if path == "/dev/stdout" else path, "wb", buffering=BUFFER_SIZE) as file:
                 yield file
             return
         target = os.path.realpath(path)  # so that a symbolic link stays one
-        with contextlib.suppress(FileExistsError):  # `open` says it better
+        with contextlib.suppress(FileExistsError):  # `open` gives the better error
             os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{os.urandom(4).hex()}.tmp"
         try:
@@ -866,11 +861,10 @@ SEARCH_BUDGET = 3_000_000_000  # characters to compare, about two seconds
 MAX_TEXTS = 20  # to look for, of each QA line
 MAX_CANDIDATES = 100  # templates to try
 TELLING_SIZE = 16  # bytes; a shorter text may be in a prompt by chance
-ALIKE_LENGTH = 12  # characters at the beginning or the end of prompts of one group
-SHOWN_KINDS = 4  # that templates make
-SHOWN_GROUPS = 2  # that no template makes
+BEGINNING, END = 12, 8  # characters in which prompts of a group are alike
+SHOWN_KINDS, SHOWN_GROUPS = 4, 2  # kinds that templates make, and groups that none makes
 PRIVATE_USE = 0xE000  # the first of the code points that no text has
-DIFFERENCES: dict[str, Callable[[str], str]] = {  # and what undoes them
+DIFFERENCES: dict[str, Callable[[str], str]] = {  # by the function that removes them
     "white space": lambda text: "".join(text.split()),
     "case": str.casefold,
     "the Unicode form of accents": lambda text: unicodedata.normalize("NFC", text),
@@ -900,7 +894,7 @@ def find_texts(prompts: Iterable[str], texts_of_lines: list[Texts]) -> dict[str,
     """Returns the prompts that contain texts of QA lines, each with those of its best line."""
     lines_with: dict[str, list[int]] = {}
     for position, texts in enumerate(texts_of_lines):
-        for text in dict.fromkeys(texts.values()):
+        for text in filter(str.strip, dict.fromkeys(texts.values())):
             lines_with.setdefault(text, []).append(position)
     found = {prompt: [text for text in lines_with if text in prompt] for prompt in prompts}
     prompts_with = collections.Counter(itertools.chain.from_iterable(found.values()))
@@ -910,7 +904,8 @@ def find_texts(prompts: Iterable[str], texts_of_lines: list[Texts]) -> dict[str,
         for text in texts_in_prompt:  # one that is in many prompts tells little
             scores.update(dict.fromkeys(lines_with[text], 1000 * len(text) // prompts_with[text]))
         for position, _ in scores.most_common(1):
-            best_texts[prompt] = {name: text for name, text in texts_of_lines[position].items() if text in prompt}
+            texts = texts_of_lines[position]
+            best_texts[prompt] = {name: text for name, text in texts.items() if text.strip() and text in prompt}
     return best_texts
 
 
@@ -937,7 +932,7 @@ def candidate_templates(best_texts: dict[str, Texts]) -> list[PromptTemplate]:
 
 
 def proved_kinds(templates: Iterable[PromptTemplate], join: Join, least: int) -> list[Kind]:
-    """Returns the kinds with enough prompts in the store. Those that match most are first."""
+    """Returns the kinds with at least `least` prompts in the store, best first."""
     kinds = [find_kind(template, join.unmatched_sample, join.finder) for template in templates]
     kinds.sort(key=lambda kind: (-kind.match_count, len(kind.template.parts), len(kind.template.text)))
     proved: list[Kind] = []
@@ -949,24 +944,28 @@ def proved_kinds(templates: Iterable[PromptTemplate], join: Join, least: int) ->
 
 
 def is_of_kind(prompt: str, kind: Kind, join: Join) -> bool:
-    """Returns whether a kind explains a prompt, also that of a QA line not looked at."""
-    own_texts = [own_text for own_text, _ in kind.template.parts] + [kind.template.tail]
-    is_long = sum(map(len, own_texts)) >= TELLING_SIZE  # or else prompts of other kinds fit
-    may_fit = is_long or join.unmatched_count > len(join.unmatched_sample)
-    fits = may_fit and re.fullmatch(".*".join(map(re.escape, own_texts)), prompt, re.DOTALL)
-    return bool(fits) or prompt in kind.entries
+    """Returns whether a kind explains a prompt, even that of a QA line outside the sample."""
+    first, *others = [own_text for own_text, _ in kind.template.parts]
+    own_length = len(first + "".join(others) + kind.template.tail)
+    fits, rest = prompt.startswith(first), prompt[len(first) :]
+    for own_text in others:
+        fits = fits and own_text in rest
+        rest = rest[rest.find(own_text) + len(own_text) :]
+    fits = fits and rest.endswith(kind.template.tail)
+    # A few characters fit other kinds, too. But if not all lines are looked at, it is all there is.
+    may_fit = own_length >= TELLING_SIZE or join.unmatched_count > len(join.unmatched_sample)
+    return prompt in kind.entries or (may_fit and fits)
 
 
 def group_alike(texts_in: dict[str, Texts]) -> list[list[str]]:
     """Groups prompts that begin or end alike, whatever their QA texts. The largest is first."""
     shapes = {prompt: re.sub(r"\d+", "0", template_of(prompt, texts)) for prompt, texts in texts_in.items()}
-    beginnings = collections.Counter(shape[:ALIKE_LENGTH] for shape in shapes.values())
+    beginnings = collections.Counter(shape[:BEGINNING] for shape in shapes.values())
+    ends = collections.Counter(shape[-END:] for shape in shapes.values())
     groups: dict[str, list[str]] = {}
     for prompt, shape in shapes.items():
-        key = shape[:ALIKE_LENGTH]
-        if beginnings[key] < max(2, len(shapes) / 10):  # what varies comes first
-            key = shape[-ALIKE_LENGTH:]
-        groups.setdefault(key, []).append(prompt)
+        begins_alike = beginnings[shape[:BEGINNING]] >= min(len(shapes) / 2, ends[shape[-END:]])
+        groups.setdefault(shape[:BEGINNING] if begins_alike else shape[-END:], []).append(prompt)
     return sorted(groups.values(), key=len, reverse=True)
 
 
@@ -975,11 +974,25 @@ def letters_of(text: str) -> str:
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text).casefold()))
 
 
+def unexplained(best_texts: dict[str, Texts], kinds: list[Kind], join: Join) -> dict[str, Texts]:
+    """Returns the prompts that no kind explains, each with its texts that are not there by chance."""
+    names, rest = join.field_names, {}
+    matched_texts = {text for qa in join.matched_sample for name, text in texts_of(qa) if name in names}
+    for prompt, texts in best_texts.items():
+        texts = {n: t for n, t in texts.items() if n in names or len(t.encode(errors="replace")) >= TELLING_SIZE}
+        # After a match, only a prompt with an unmatched question counts. One with a matched question is a judge's.
+        if matched_texts and (not texts.keys() & names or any(text in prompt for text in matched_texts)):
+            continue
+        if not any(is_of_kind(prompt, kind, join) for kind in kinds):
+            rest[prompt] = texts
+    return rest
+
+
 def explain(join: Join) -> ReconstructionError:
-    """Returns why QA lines have no entry and what the store has instead, with a hint if any."""
-    sample, nothing_to_do = join.unmatched_sample, ReconstructionError(headline(join))
+    """Returns an error that says why QA lines have no entry, with a hint if anything can be done."""
+    sample, bare = join.unmatched_sample, ReconstructionError(headline(join))
     if not sample or not join.finder.unused_prompts(0):  # all are used if only some questions were asked
-        return nothing_to_do
+        return bare
     texts_of_lines = [dict(itertools.islice(texts_of(qa), MAX_TEXTS)) for qa in sample]
     prompts = join.finder.unused_prompts(SEARCH_BUDGET // (1 + sum(map(len, texts_of_lines))))
     best_texts = find_texts(prompts, texts_of_lines)
@@ -987,21 +1000,14 @@ def explain(join: Join) -> ReconstructionError:
     made = (template.make_prompt(qa) for qa in sample for template in join.templates)
     tried = {letters_of(prompt): prompt for prompt in made if prompt}
     near_misses = {prompt: tried[letters] for prompt in prompts if (letters := letters_of(prompt)) in tried}
-    names = join.field_names
-    asked = {text for qa in join.matched_sample for name, text in texts_of(qa) if name in names}
-    rest: dict[str, Texts] = {}  # unexplained, with the texts not there by chance
-    for prompt in prompts:
-        texts = best_texts.get(prompt, {})
-        texts = {n: t for n, t in texts.items() if n in names or len(t.encode(errors="replace")) >= TELLING_SIZE}
-        # After a match, only what contains a question without an entry and is not a judge's.
-        is_missing = not asked or (texts.keys() & names and not any(text in prompt for text in asked))
-        if is_missing and prompt not in near_misses and not any(is_of_kind(prompt, kind, join) for kind in kinds):
-            rest[prompt] = texts
-    if join.unmatched_count <= 10 * join.counts.matched:  # not a trial run
-        half = len(join.matched_sample) / 2
-        kinds = [kind for kind in kinds if find_kind(kind.template, join.matched_sample, join.finder)[1] < half]
+    rest = unexplained({p: best_texts.get(p, {}) for p in prompts if p not in near_misses}, kinds, join)
+    if join.unmatched_count <= 10 * join.counts.matched:  # what also fits the matched lines is a judge's
+        matched = join.matched_sample
+        kinds = [k for k in kinds if 2 * find_kind(k.template, matched, join.finder).match_count < len(matched)]
+    kinds = sorted(kinds[:SHOWN_KINDS], key=lambda kind: len(kind.template.text))
+
     details = []
-    for kind in sorted(kinds[:SHOWN_KINDS], key=lambda kind: len(kind.template.text)):
+    for kind in kinds:
         what = f"matches {kind.match_count:,} of the {len(sample):,} QA lines looked at"
         details.append(f"{quoted(kind.template.text, 80)} {what}{answers(list(kind.entries.values()))}")
     of_prompts = f"of the {len(prompts):,} prompts looked at"
@@ -1011,13 +1017,13 @@ def explain(join: Join) -> ReconstructionError:
         what = f"look like {quoted(template_of(group[0], rest[group[0]]), 80)}, which no template makes"
         details.append(f"{len(group):,} {of_prompts} {what}{answers([prompts[prompt] for prompt in group])}")
     if not details:
-        return nothing_to_do
-    lines = [f"{nothing_to_do}. These kinds of prompts are in the store:"]
+        return bare
+    lines = [f"{bare}. These kinds of prompts are in the store:"]
     lines += [f"  {number}. {detail}" for number, detail in enumerate(details, 1)]
     if kinds or near_misses or any(rest.values()):
-        return ReconstructionError("\n".join(lines), hint_for(kinds[:SHOWN_KINDS], join))
+        return ReconstructionError("\n".join(lines), hint_for(kinds, join))
     lines += [f"  tried: {quoted(prompt)}" for prompt in list(tried.values())[:1]]
-    lines += ["  No longer text of the QA file is in them: this looks like another experiment's store."]
+    lines += ["  They contain none of the longer texts of the QA file. The store may be another experiment's."]
     return ReconstructionError("\n".join(lines))
 
 
@@ -1033,11 +1039,11 @@ def headline(join: Join) -> str:
     if not counts.without_entry:
         names = dict.fromkeys(name for qa in join.unmatched_sample for name, _ in texts_of(qa))
         return f"no QA line has text in {listed(join.field_names)}; found: {listed(names, 20) or 'no fields'}"
-    return f"none of {counted(counts.qa_lines, 'QA line')} matches an entry"
+    return f"none of {counted(counts.qa_lines, 'QA line')} has a usable entry"
 
 
 def answers(entries: Sequence[Entry]) -> str:
-    """Returns which models answered, and one of the answers, on a line of their own."""
+    """Returns a line with the models that answered and one of the answers."""
     return f"\n     {listed(sorted(set(map(model_name, entries))), 2)} answered {quoted(entries[0]['generation'], 60)}"
 
 
@@ -1046,12 +1052,13 @@ def describe_difference(stored: str, tried: str) -> str:
     cause = next(cause for cause, equal in DIFFERENCES.items() if equal(tried) == equal(stored))
     common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tried, stored))))
     excerpts = [ascii(text[max(0, common - 60) : common + 100]) for text in (tried, stored)]
-    return f"differ from a prompt tried only in {cause}:\n     tried:   {excerpts[0]}\n     stored:  {excerpts[1]}"
+    pair = f"\n     tried:   {excerpts[0]}\n     stored:  {excerpts[1]}"
+    return f"are almost like a prompt tried; the first differs only in {cause}:{pair}"
 
 
 def hint_for(kinds: list[Kind], join: Join) -> str:
     if not kinds:
-        return "use the run's own QA file, or add the whole prompt as a field for --prompt_template"
+        return "use the QA file of this run, or add a field with the whole prompt for --prompt_template"
     # A proposed template comes before the given ones, so that a trial run with these does not win.
     given = join.templates if join.counts.matched else []
     options = [" ".join(each.option() for each in [kind.template, *given]) for kind in kinds]
@@ -1077,7 +1084,7 @@ def reconstruct_inference(
     """Joins a QA file with the logger's LMDB, writes the merged JSONL, and returns what it found.
 
     The path `-` is standard input or output; for `lmdb_path` see `locate_stores`. Of several templates, the first
-    that has an entry counts. `prompt_as_sent` writes the prompt as sent, without `user: `, into `prompt`. Messages
+    with an entry is used. `prompt_as_sent` writes the prompt as sent, without `user: `, into `prompt`. Messages
     go to the logger `reconstruct_inference`. Raises ValueError if a template cannot be used, BrokenPipeError if the
     output is a pipe that nobody reads, and ReconstructionError if no line can be written.
     """
@@ -1102,7 +1109,7 @@ def reconstruct_inference(
         if first is None:  # before an output is made
             has_objects = join.unmatched_count or join.counts.corrupted
             raise explain(join) if has_objects else not_json_lines(qa_path, join.first_line)
-        replaced = " (replaced the old file)" if os.path.isfile(output) else ""
+        replaced = " (replaced the old file)" if output != "/dev/stdout" and os.path.isfile(output) else ""
         with open_output(output) as file:
             file.write(first)
             file.writelines(merged)
@@ -1138,13 +1145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Rebuild the generation.jsonl of an inference run from the activations logger's LMDB.",
         epilog="example:\n  %(prog)s --qa_output_path qa.jsonl \\\n"
         "      --lmdb_path lmdb_data/activations.lmdb --output_path generation.jsonl\n\n"
-        "exit codes: 0 lines were written, 1 error or nothing matched, 2 wrong usage,\n"
-        "            129, 130 or 143 stopped by a signal, 141 the output was closed",
+        "exit codes: 0 = lines written, 1 = error or no match, 2 = wrong usage,\n"
+        "            129, 130, 143 = stopped by a signal, 141 = output closed",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    how = "how a prompt was made from a QA line: {name} is one of its fields, \\n a line break; of several, the first "
-    how += f"that has an entry counts (default: {DEFAULT_PROMPT_TEMPLATE!r}, with and without `user: `)"
+    how = "template of the prompt: {name} inserts a field, \\n is a line break; if repeated, the first template with "
+    how += f"an entry is used (default: {DEFAULT_PROMPT_TEMPLATE!r}, with and without `user: `)"
     path: dict[str, Any] = {"required": True, "type": os.path.expanduser, "metavar": "PATH"}
     add = parser.add_argument
     add("--qa_output_path", **path, help="JSON Lines file with the questions; `-` is standard input")
@@ -1157,23 +1164,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     for name, value in options.items():
         if value == "":
-            parser.error(f"argument --{name}: is empty (an unset shell variable?)")
-    typed = options["prompt_template"] or []
-    templates = [re.sub(r"\\([n\\])", lambda c: "\n" if c[1] == "n" else "\\", text) for text in typed]
-    options["prompt_template"] = templates or DEFAULT_PROMPT_TEMPLATES
-    try:
-        list(map(PromptTemplate, templates))
-    except ValueError as error:
-        parser.error(f"argument --prompt_template: {error}")
-    return run(options)
-
-
-def run(options: dict[str, Any]) -> int:
-    """Runs the command with its options and returns its exit code."""
+            parser.error(f"argument --{name}: the value is empty (an unset shell variable?)")
+    templates = options["prompt_template"] or []
+    unescaped = [re.sub(r"\\([n\\])", lambda c: "\n" if c[1] == "n" else "\\", text) for text in templates]
+    options["prompt_template"] = unescaped or DEFAULT_PROMPT_TEMPLATES
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         logging.addLevelName(level, {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(level, ""))
-    lowest = logging.DEBUG if options.pop("verbose") else logging.INFO
-    logging.basicConfig(level=lowest, format="%(levelname)s%(message)s", force=True)
+    level = logging.DEBUG if options.pop("verbose") else logging.INFO
+    logging.basicConfig(level=level, format="%(levelname)s%(message)s", force=True)
     exit_on_stop_signals()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY if soft < 0 else min(soft, MAX_MEMORY), hard))
@@ -1186,11 +1184,13 @@ def run(options: dict[str, Any]) -> int:
         try:
             reconstruct_inference(**options, progress=progress)
         except SystemExit:
-            log.error("stopped; %s is unchanged", options["output_path"])
+            log.error("stopped" if options["output_path"] == "-" else f"stopped; {options['output_path']} is unchanged")
             raise
         except BrokenPipeError:
             return 128 + signal.SIGPIPE
-        except (ReconstructionError, OSError, MemoryError) as error:
+        except ValueError as error:
+            parser.error(f"argument --prompt_template: {error}")
+        except (ReconstructionError, OSError, MemoryError, RecursionError, lmdb.Error) as error:
             log.error("%s", str(error) or "out of memory")
             return 1
     return 0

@@ -264,3 +264,10 @@ with lmdb.open({str(store)!r}, map_size=1 << 30) as env:
             assert writer.poll() is None
         finally:
             writer.kill()
+
+
+def bash(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line as it would be pasted, in a folder, with this Python as `python` and `python3`."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
+    how: dict[str, Any] = {"cwd": folder, "env": environment, "timeout": DEADLINE}
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, **how)

@@ -1,375 +1,465 @@
-"""Prompt templates, and what is said where entries are missing or the wrong file was given."""
+"""What is said of QA lines without an entry: the kinds of prompts in the store, near misses, what to run."""
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
-import random
+import logging
+import os
 import re
-import shlex
 import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from helpers import SCRIPT, Experiment, logged, prompt_of, proposals, table, write_store
+from helpers import DEADLINE, Experiment, Result, logged, prompt_of, table, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-QUESTIONS = [
-    "Who wrote the play Hamlet?",
-    "What is 17 times 3? {curly} %s %(x)s {0}",
-    "日本の首都はどこですか？",
-    "Which of these is a fruit?\n1) stone\n2) pear",
-    "A question with \"quotes\", 'quotes' and a \\ backslash",
-    "Short?",
-]
+Line = dict[str, Any]
+Kind = tuple[str, Any, Any]  # who is asked, by a template or function of n, on which lines or on how many
 
 
-def paste(experiment: Experiment, options: str) -> str:
-    """What the command says in bash to a user who pastes the proposed options behind it."""
-    command = shlex.join([sys.executable, str(SCRIPT), *experiment.arguments()])
-    return subprocess.run(["bash", "-c", f"{command} {options}"], capture_output=True, text=True, timeout=60).stderr
+def make_line(n: int) -> Line:
+    names = {"title": f"Subject number {n}.", "prompt": f"What is known of subject number {n}?", "answer": f"fact {n}."}
+    return {**names, "reference": f"{n} is the number of a subject, and there is much to be known of {n}."}
 
 
-# Templates.
+LINES = [make_line(n) for n in range(1200)]
+DEFAULT = prompt_of("{prompt}")
+BRIEF = "user: {prompt}\nAnswer briefly."
+GENERATOR = "user: Here is a text about {title}:\n{reference}\nWrite one question about it, and nothing else.\nQ:"
+JUDGE = "user: Can this be answered?\nReference: {reference}\nQuestion: {prompt}\nSay the answer, or `unanswerable`."
+SHOTS = "\n\n".join(f"Question: {line['prompt']}\nAnswer: {line['answer']}" for line in LINES[:5])
+FEW_SHOT = f"user: Answer as in these examples.\n\n{SHOTS}\n\nQuestion: {{prompt}}\nAnswer:"
 
 
-@table(
-    "template, qa, prompt",
-    {
-        "several fields": ("{a}-{b}-{a}", {"a": "1", "b": "2"}, "1-2-1"),
-        "a line break that was typed": (r"Q: {q}\nA:", {"q": "x"}, "Q: x\nA:"),
-        "backslashes": (r"\\n \t {q}\\", {"q": "x"}, "\\n \\t x\\"),
-        "literal braces": ("{{{q}}} {{}}", {"q": "x"}, "{x} {}"),
-        "a name with a space": ("{my field}", {"my field": "x"}, "x"),
-        "non-ASCII text": ("東京 {q}", {"q": "🗾"}, "東京 🗾"),
-        "nothing is done to the question": ("{q}", {"q": "{q} {0} \\n %s"}, "{q} {0} \\n %s"),
-    },
-)
-def test_a_template_makes_the_prompt(experiment: Experiment, template: str, qa: dict, prompt: str) -> None:
-    experiment.ask(qa)
-    experiment.log_prompts(prompt)
-    assert experiment.run("--prompt_template", template).code == 0
+def numbers_of(asked: Any) -> Sequence[int]:
+    return range(asked) if isinstance(asked, int) else asked
 
 
-@table(
-    "template, message",
-    {
-        "no field": ("no field", "it names no QA field"),
-        "a position": ("{0}", "plain name of a field"),
-        "an attribute": ("{prompt.__class__}", "plain name of a field"),
-        "a conversion": ("{prompt!r}", "plain name of a field"),
-        "a format": ("{prompt:>{n}}", "plain name of a field"),
-        "an open brace": ("{prompt", "expected '}'"),
-    },
-)
-def test_a_template_that_cannot_be_used_is_wrong_usage(asked: Experiment, template: str, message: str) -> None:
-    result = asked.run("--prompt_template", template)
-    assert result.code == 2
-    assert f"argument --prompt_template: {template!r} cannot be used: " in result.err
-    assert message in result.err
+def answers(who: str, asked: Any) -> list[str]:
+    return [f"{who} {n}" for n in numbers_of(asked)]
 
 
-def test_both_forms_of_the_default_are_tried_in_this_order_for_each_line(experiment: Experiment) -> None:
-    experiment.ask("early", "late", "both")
-    late = [prompt_of(question).removeprefix("user: ") for question in ("late", "both")]
-    experiment.log_prompts(prompt_of("early"), prompt_of("both"), *late)
-    assert [line["generation"] for line in experiment.run().lines] == ["response 0", "response 2", "response 1"]
+def log_study(experiment: Experiment, lines: list[Line], *kinds: Kind) -> None:
+    """Writes the QA file, and logs what servers see of a study: `who` answers "who n" on line n."""
+    experiment.ask(*lines)
+    asked_of = [(n, who, template) for who, template, asked in kinds for n in numbers_of(asked)]
+    made = [(n, who, each.format(**lines[n]) if isinstance(each, str) else each(n)) for n, who, each in asked_of]
+    experiment.log(*[{"prompt": prompt, "response": f"{who} {n}", "model": who} for n, who, prompt in made])
 
 
-def test_of_several_templates_the_first_that_has_an_entry_counts_for_each_line(experiment: Experiment) -> None:
-    experiment.ask({"a": "1"}, {"a": "2", "b": "2"}, {"b": "3"}, {"c": "4"})
-    experiment.log_prompts("A 1", "B 2", "A 2", "B 3")
-    result = experiment.run("--prompt_template", "A {a}", "--prompt_template", "B {b}")
-    assert [line["generation"] for line in result.lines] == ["response 0", "response 2", "response 3"]
-    assert f"{experiment.qa}:4: malformed QA line, skipped: no text in `a`, `b`" in result.err
+def paste(option: str) -> list[str]:
+    """The words that bash makes of an option that is pasted into a command line."""
+    command = ["bash", "-c", f"printf '%s\\0' {option}"]
+    said = subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE).stdout
+    return [os.fsdecode(word) for word in said.split(b"\0")[:-1]]
 
 
-def test_a_corrupted_entry_of_one_template_does_not_hide_that_of_the_next(experiment: Experiment) -> None:
-    experiment.ask("q")
-    experiment.log(logged("q", None), {"prompt": prompt_of("q").removeprefix("user: "), "response": "fine"})
-    assert experiment.run().lines[0]["generation"] == "fine"
+def given_by_proposals(experiment: Experiment, result: Result) -> list[list[str]]:
+    """The generations that come out if each of the proposals is pasted into bash."""
+    return [experiment.run(*paste(each)).generations() for each in result.proposals()]
 
 
-# Nothing matched: proposals.
+def census(result: Result) -> str:
+    """The kinds of prompts that are shown, in short: "model 2/9" for 2 of the 9 looked at that model answered."""
+    form = r"^  \d\. (?:.* )?([\d,]+) of the ([\d,]+) (?:QA lines|prompts) looked at.*(?:\n     `(.+)` answered '.+')?$"
+    kinds = [f"{who} {part}/{whole}".strip() for part, whole, who in re.findall(form, result.err, re.MULTILINE)]
+    assert len(kinds) == len(re.findall(r"^  \d\. ", result.err, re.MULTILINE))
+    return ", ".join(kinds)
 
+
+def assert_silent(result: Result) -> None:
+    """Nothing is said of missing entries beside the summary."""
+    assert (result.warnings(), census(result), "hint" in result.err) == ([], "", False)
+
+
+# Nothing matched: the kinds of prompts that there are, and the options that are proposed.
 
 TASK = "Answer the question in a few words."
+TEXTS = ["Who wrote the play Hamlet?", "What is 17 times 3? {curly} %s %(x)s {0}", "日本の首都はどこですか？", "Short?"]
+TEXTS += ["Which of these is a fruit?\n1) stone\n2) pear", "A question with \"quotes\", 'quotes' and a \\ backslash"]
 
 
 @table(
     "qa, prompt",
     {
-        "raw questions": ({"prompt": "Q?"}, "user: Q?"),
+        "nothing but the question": ({"prompt": "Q?"}, "Q?"),
         "a suffix instead of a prefix": ({"prompt": "Q?"}, "Q?\nAnswer:\n\n"),
         "a system message before the user's": ({"prompt": "Q?"}, "system: You are helpful.\nuser: Q?\n A:"),
         "questions in another field": ({"prompt": ["no text"], "question": "Q?"}, prompt_of("Q?")),
         "prompts that are formatted already": ({"prompt": prompt_of("Q?")}, prompt_of("Q?")),
         "a template with non-ASCII text": ({"prompt": "Q?"}, "ユーザー: «Q?»\u2028\u00a0→"),
-        "shell characters": ({"prompt": "Q?"}, """'{"q": "it's Q?"}' $HOME `ls` !! \\n \\\\"""),
-        "a dash and control characters": ({"prompt": "Q?"}, "-n Q?\t\r\x1b[31m\x07"),
+        "shell characters": ({"prompt": "Q?"}, """'{"q": "it's Q?"}' $HOME `ls` !! \\n \\\\" %d{prompt}}"""),
+        "a dash and control characters": ({"prompt": "Q?"}, "-n 'Q?'\\\t\r\x1b[31m\x07 «é»"),
         "two fields and a chance": ({"task": TASK, "prompt": "Q?", "lang": "en"}, f"{TASK}\nQ?\nin a sentence"),
-        "names that can stand in a template and others": ({"0": "Q?", "a.b": "Q?", "my question": "Q?"}, "user: Q?"),
-        "a question said twice": ({"prompt": "Q?", "same": "Q?"}, "Q? I repeat: Q?"),
+        "three fields": ({"a": "Say Q?", "b": 7, "c": "{c} Q?", "d": "2"}, "user: 7. {c} Q?, but Say Q?, 2 or 3"),
+        "a field twice": ({"prompt": "Q?", "same": "Q?"}, "Q? I repeat: Q?"),
+        "a text within another": ({"prompt": "Who said Q? and when", "said": "Q?"}, "Q?: Who said Q? and when"),
         "a text that all lines share": ({"prompt": "Q?", "task": TASK}, f"{TASK} Q? {TASK}"),
+        "names that differ only by accents": ({"caf\u00e9": "A Q?", "cafe\u0301": "The Q?"}, "user: The Q?"),
+        "names that no template can have": ({"0": "Q?", "a[b]": "Q?", "c:d": "Q?", "my own": "Q?"}, "user: Q?"),
+        "options of a list": ({"prompt": "Q?", "of": ["x Q?", "y Q?"]}, "user: Q?\n(A) x Q?\n(B) y Q?\nAnswer:"),
+        "a message": ({"messages": [{"role": "user", "content": "Q?"}]}, "user: Q?"),
+        "texts that UTF-8 lacks": ({"prompt": "Q?", "odd": "\ud800", "odder": ["\ud800 Q?"]}, "user: Q?"),
+        "characters for private use in a question": ({"prompt": "\ue000 Q?", "x": "\ue001"}, "user: \ue000 Q?"),
     },
 )
-def test_the_proposed_option_pasted_into_bash_matches_all(experiment: Experiment, qa: dict, prompt: str) -> None:
-    def of(question: str) -> dict[str, Any]:
-        return {name: text.replace("Q?", question) if isinstance(text, str) else text for name, text in qa.items()}
-
-    experiment.ask(*map(of, QUESTIONS), of("Never asked?"))
-    experiment.log_prompts(*[prompt.replace("Q?", question) for question in QUESTIONS], model="some-model")
-    result = experiment.run()
-    assert (result.code, result.lines) == (1, None)
-    assert "matches 6 QA lines, `some-model` answered 'response " in result.err
-    (option,) = proposals(result.err)
+def test_the_only_option_pasted_into_bash_gives_each_answer(experiment: Experiment, qa: Line, prompt: str) -> None:
+    lines = [json.dumps(qa).replace("Q?", json.dumps(text)[1:-1]) for text in [*TEXTS, "Never asked?"]]
+    experiment.qa.write_text("\n".join(lines))
+    experiment.log_prompts(*[prompt.replace("Q?", text) for text in TEXTS], model="some-model")
+    result = experiment.run(code=1)
+    assert census(result) == "some-model 6/7"
+    (option,) = result.proposals()
     assert option.isprintable()
-    assert paste(experiment, option).startswith("QA lines: 7 (6 matched, 1 without an entry)\n")
+    again = experiment.run(*paste(option))
+    assert again.generations() == [f"response {n}" for n in range(6)]
+    assert again.counts() == {"QA lines": 7, "matched": 6, "without an entry": 1}
 
 
-def log_like_hallulens(experiment: Experiment, template: str, role: str, asked: Iterable[int] = range(30)) -> None:
-    """Logs what one server sees of a study: question generator, judge of answerability, model under test."""
-    lines = [
-        {"title": f"Subject number {n}", "prompt": f"What is known of the subject that has the number {n}?"}
-        | {"reference": f"A long reference about number {n}, with what is to be known of it.", "answer": f"fact {n}"}
-        for n in range(30)
-    ]
+# A command line has no NUL, and no text has characters for private use.
+OWN_TEXT = st.text(st.characters(blacklist_categories=("Cs", "Co"), blacklist_characters="\0"))
+
+
+@settings(max_examples=20)
+@given(before=OWN_TEXT, after=OWN_TEXT)
+def test_any_template_can_be_pasted(experiment: Experiment, before: str, after: str) -> None:
+    log_study(experiment, LINES[:9], ("model", lambda n: before + LINES[n]["prompt"] + after, 9))
+    assert given_by_proposals(experiment, experiment.run(code=1)) == [answers("model", 9)]
+
+
+def random_name(n: int) -> str:
+    return hashlib.sha256(b"%d" % n).hexdigest()[:20]
+
+
+# Prompts that no template makes.
+MADE: dict[str, Callable[[int], str]] = {
+    "options": lambda n: f"user: {LINES[n]['prompt']}\n(A) big {n % 7}\n(B) small {n}\nAnswer:",
+    "cut": lambda n: f"user: Read this: {LINES[n]['reference'][: 30 + n % 3]}…\n{LINES[n]['prompt']}",
+    "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} Briefly:",
+    "pair": lambda n: f"Which is better? {LINES[n]['prompt']} or {LINES[n + 30]['prompt']}",
+    "name": lambda n: f"{random_name(n)}, {n}\nWhat is to be known of them?",
+}
+JUDGES = [("generator", GENERATOR, 60), ("judge", JUDGE, 60)]
+LATE_JUDGE, LATE_MODEL = ("judge", JUDGE[6:], 60), ("model", BRIEF[6:], 50)
+SMALL_KINDS = [("a", "A {prompt}", 9), ("b", "B {prompt}", 20), ("c", "C {title}", range(10, 20))]
+GROUPS = [(who, lambda n, who=who: who * 12 + random_name(n), n) for who, n in {"x": 10, "y": 12, "z": 11}.items()]
+TWICE = [{**LINES[n // 2], "annotator": n % 2} for n in range(60)]
+SUMS = [{"prompt": f"{a} + {b}"} for a in range(3, 12) for b in range(5, 9)]
+WORDS = [{"prompt": text} for text in ["art", "tar", "star", "start", "a", "an", "水", "木", "水木", "👩", "👩‍🚀"]]
+NUMBERS = [{"prompt": str(n), "note": "answer this in one word" if n == 17 else ""} for n in range(120)]
+TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(LINES[:9])]
+NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line in enumerate(LINES[:60])]
+
+
+@table(
+    "lines, kinds, expected",
+    {
+        "an early server": (LINES[:60], [*JUDGES, ("model", BRIEF, 50)], "model 50/60, generator 60/60, judge 60/60"),
+        "a late server": (LINES[:60], [LATE_JUDGE, LATE_MODEL], "model 50/60, judge 60/60"),
+        "few-shot": (LINES[:60], [*JUDGES, ("model", FEW_SHOT, 50)], "generator 60/60, judge 60/60, model 50/60"),
+        "five": (LINES[:60], [*SMALL_KINDS, *JUDGES], "c 10/60, b 20/60, generator 60/60, judge 60/60"),
+        "one of 200 asked": (LINES[:200], [("model", BRIEF, [77])], "model 1/200"),
+        "300 lines": (LINES[:300], [("model", BRIEF, range(100, 300))], "model 200/300"),
+        "nested": (NESTED, [("model", "user: Q: {q[stem]} ({of[1]})", 60)], "model 60/60"),
+        "sums": (SUMS, [("model", "user: {prompt} = ?", 36)], "model 36/36"),
+        "words": (WORDS, [("model", "user: What is {prompt}? Be brief.", 11)], "model 11/11"),
+        "a QA text in the template": (NUMBERS, [("model", "answer this in one word: {prompt}", 120)], "model 120/120"),
+        "no other text": (LINES[:60], [("a", "{prompt}", 60), ("b", MADE["options"], 50)], "a 60/60, b 50/110"),
+        "options": (LINES[:60], [LATE_JUDGE, ("model", MADE["options"], 50)], "judge 60/60, model 50/110"),
+        "context cut": (LINES[:60], [LATE_JUDGE, ("model", MADE["cut"], 50)], "judge 60/60, model 50/110"),
+        "lower case": (LINES[:60], [LATE_JUDGE, ("model", MADE["lower"], 50)], "judge 60/60, model 50/110"),
+        "an index first": (LINES, [("model", lambda n: f"[{n}] AND SO ON (of {n})", 120)], "model 120/120"),
+        "a name first": (LINES, [("model", MADE["name"], 60)], "model 60/60"),
+        "names first": (LINES, [("model", lambda n: f"{MADE['name'](n // 3)} It is {n}.", 60)], "model 60/60"),
+        "a few names first": (LINES, [("model", MADE["name"], 5)], "model 5/5"),
+        "a name last": (LINES, [("model", lambda n: f"What is known of {random_name(n)}", 60)], "model 60/60"),
+        "a title first": (LINES, [("model", lambda n: f"{LINES[n]['title']} {MADE['name'](n)}", 60)], "model 60/60"),
+        "the largest groups": (LINES, GROUPS, "y 12/33, z 11/33"),
+        "a prompt by chance": (TOWNS, [("x", lambda n: "Is it town 0?", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
+        "one for all lines": (TOWNS, [("x", lambda n: "Answer in en.", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
+    },
+)
+def test_the_kinds_are_shown_and_can_be_chosen(experiment: Experiment, lines: Any, kinds: Any, expected: str) -> None:
+    log_study(experiment, lines, *kinds)
+    result = experiment.run(code=1)
+    assert census(result) == expected
+    chosen = [kind for kind in kinds if isinstance(kind[1], str) and f"{kind[0]} " in expected]
+    assert sorted(given_by_proposals(experiment, result)) == sorted(answers(who, asked) for who, _, asked in chosen)
+
+
+@table(
+    "template, asked, share",
+    {"the first half": (BRIEF, range(600), 3 / 7), "the last tenth": ("Q: {prompt}", range(1080, 1200), 4 / 35)},
+)
+def test_of_many_lines_those_asked_are_found(experiment: Experiment, template: str, asked: Any, share: float) -> None:
+    log_study(experiment, LINES, ("generator", GENERATOR, 1200), ("judge", JUDGE, 1200), ("model", template, asked))
+    result = experiment.run(code=1)
+    assert given_by_proposals(experiment, result).count(answers("model", asked)) == 1
+    found = re.fullmatch(r"model (\d+)/(\d+), generator \2/\2, judge \2/\2", census(result))
+    assert found
+    matched, lines = map(int, found.groups())
+    # The first 150 lines are looked at, and others that are spread over the rest.
+    assert 225 <= lines <= 300
+    assert abs(matched - 150 * (asked[0] == 0) - share * (lines - 150)) < 5
+
+
+@table(
+    "asked, stored, own",
+    {
+        "one": ([33], 50, "user: "),
+        "a handful": ([7, 900, 2900], 3000, "user: "),
+        "more with regular expressions": (range(20), 50, "(Who) is [it]?\nSay *one* word: "),
+    },
+)
+def test_a_few_lines_are_found_in_a_larger_store(experiment: Experiment, asked: Any, stored: int, own: str) -> None:
+    lines = [{"prompt": f"{make_line(n)['prompt']}\nOr not?"} for n in range(stored)]
+    log_study(experiment, lines, ("model", own + "{prompt}", stored))
+    experiment.ask(*[lines[n] for n in asked])
+    result = experiment.run(code=1)
+    assert census(result).startswith(f"model {len(asked)}/{len(asked)}")
+    assert given_by_proposals(experiment, result) == [answers("model", asked)]
+
+
+def test_a_kind_is_proposed_though_some_entries_are_corrupted_or_have_no_model(experiment: Experiment) -> None:
+    experiment.ask(*LINES[:8])
+    models = ["zeta", None, 7, "a\x1b[31m", "beta", "gone", "gone", "gone"]
+    texts = [f"a {n}" if n < 5 else None for n in range(8)]
+    entries = [logged("", texts[n], prompt=BRIEF.format(**LINES[n]), model=models[n]) for n in range(8)]
+    experiment.log(*entries)
+    result = experiment.run(code=1)
+    assert "matches 5 of the 8 QA lines looked at\n     `(no name)`, `beta`, … answered 'a 0'\n" in result.error()
+    again = experiment.run(*paste(result.proposals()[0]))
+    assert again.counts() == {"QA lines": 8, "matched": 5, "corrupted": 3}
+
+
+def test_several_runs_say_the_same_whatever_the_order_of_sets(experiment: Experiment) -> None:
+    lines = [{**line, "copy": line["prompt"], "k": f"note {n % 2}"} for n, line in enumerate(TWICE)]
+    loud = ("loud", lambda n: f"{lines[n]['k']}: {lines[n]['prompt'].upper()}", 40)
+    log_study(experiment, lines, ("a", "1 {prompt}", 60), ("b", "2 {copy}", 60), ("cut", MADE["cut"], 60), loud)
+    seeds = [{**os.environ, "PYTHONHASHSEED": seed} for seed in "123"]
+    assert len({experiment.run_process(code=1, env=seed).err for seed in seeds}) == 1
+
+
+def test_qa_texts_in_prompts_are_marked_by_field_unless_they_are_there_by_chance(experiment: Experiment) -> None:
+    at = "日本の首都 {1}"
+    experiment.ask({"messages": [{"role": "user", "content": "Which?"}], "prompt": "Who?", "at": at}, "Why?")
+    experiment.log_prompts(f"user: {{x}} Who? Which? {at}, which is it?", "system: Be brief.")
+    assert "'user: {{x}} {prompt} Which? {at}, which is it?'" in experiment.run(code=1).error()
+
+
+@table(
+    "lines, names",
+    {
+        "nested": ([{"q": {"stem": "Who?"}, "of": ["yes", 7], "x": True}, {"y": 0.5}], "`q.stem`, `of.0`, `of.1`, `y`"),
+        "none": ([{"x": None}, {"y": [False, " "]}], "no fields"),
+        "many": ([{f"field {n}": "x" for n in range(300)}], "`field 0`, .*`field 19`, …"),
+    },
+)
+def test_without_the_templates_field_others_are_named(experiment: Experiment, lines: Any, names: str) -> None:
     experiment.ask(*lines)
-    entries = []
-    for n, line in enumerate(lines):
-        generator = "Here is a text about {title}:\n{reference}\nWrite one question about it, and nothing else.\nQ:"
-        judge = "Can this be answered?\nReference: {reference}\nQuestion: {prompt}\nSay the answer or `unanswerable`."
-        entries.append((generator.format(**line), line["prompt"], "big-model"))
-        entries.append((judge.format(**line), line["answer"], "big-model"))
-        if n in asked:
-            entries.append((template.format(**line), f" It is said that {n}.", "model-under-test"))
-    experiment.log(*[{"prompt": role + prompt, "response": r, "model": model} for prompt, r, model in entries])
-
-
-@pytest.mark.parametrize("role", ["user: ", ""], ids=["early server", "late server"])
-def test_all_convincing_templates_are_shown_and_the_user_chooses(experiment: Experiment, role: str) -> None:
-    log_like_hallulens(experiment, "Reply briefly: {prompt}", role, asked=range(25))
-    result = experiment.run()
-    assert result.code == 1
-    assert re.findall(" matches (.*)", result.err) == [
-        "25 QA lines, `model-under-test` answered ' It is said that 0.'",
-        "30 QA lines, `big-model` answered 'What is known of the subject that has the number 0?'",
-        "30 QA lines, `big-model` answered 'fact 0'",
-    ]
-    options = proposals(result.err)
-    assert options[0] == f"--prompt_template '{role}Reply briefly: {{prompt}}'"
-    assert len(options) == 3
-    assert "the same server logs judges and question generators too" in result.err
-    assert "QA lines: 30 (25 matched, 5 without an entry)\n" in paste(experiment, options[0])
-
-
-def test_the_failing_run_names_the_fields_that_there_are_and_what_would_match(experiment: Experiment) -> None:
-    experiment.ask({"question": "Who wrote the play Hamlet?", "n": 1})
-    experiment.log_prompts("user: Who wrote the play Hamlet?", model="m")
-    assert experiment.run().err.splitlines()[1:] == [
-        "error: nothing matched: no QA line has text in `prompt`; found: `question`",
-        "  'user: {question}' matches 1 QA line, `m` answered 'response 0'",
-        "hint: run it again with the template of your model; the same server logs judges and question generators too",
-        "  --prompt_template 'user: {question}'",
-    ]
-
-
-def test_a_handful_of_questions_is_found_in_a_large_store(experiment: Experiment) -> None:
-    numbers = random.Random(1).sample(range(3000), 3)
-    experiment.log_prompts(*[f"user: Who won the chess tournament number {n} of the city?" for n in range(3000)])
-    experiment.ask(*[f"Who won the chess tournament number {n} of the city?" for n in numbers])
-    assert proposals(experiment.run().err) == ["--prompt_template 'user: {prompt}'"]
-
-
-ANOTHER = "it seems to be of another experiment"
+    experiment.log_prompts("What?")
+    assert re.match(rf"no QA line has text in `prompt`; found: {names}\. ", experiment.run(code=1).error())
 
 
 @table(
-    "qa, prompts, said",
-    {
-        "other questions": ([{"prompt": "Who?"}], [prompt_of("What?")], ANOTHER),
-        "blank values": ([{"prompt": " ", "x": ""}], ["user: What is this?"], ANOTHER),
-        "short answers that fit by chance": (
-            [{"prompt": f"Which is number {n}?", "answer": town} for n, town in enumerate(["Berlin", "Vienna"])],
-            [f"Name one building in {town}." for town in ("Berlin", "Vienna", "Lima", "Oslo", "Bonn")],
-            "`answer` stands in 2 of 5 prompts of the store, but no template makes them of whole fields",
-        ),
-    },
+    "responses, said",
+    {"no entry": ([], "the store is empty"), "corrupted entries": ([None, 7], "2 entries found, but none is usable")},
 )
-def test_of_an_unrelated_store_nothing_is_proposed_nor_made(experiment: Experiment, qa, prompts, said) -> None:
-    experiment.ask(*qa)
-    experiment.log_prompts(*prompts)
-    before = set(experiment.folder.rglob("*"))
-    result = experiment.run(output_path=experiment.folder / "new" / "out.jsonl")
-    assert result.code == 1
-    assert said in result.err
-    assert "--prompt_template" not in result.err
-    assert set(experiment.folder.rglob("*")) == before
+def test_a_store_without_an_entry_that_can_be_used_is_called_so(asked: Experiment, responses: Any, said: str) -> None:
+    asked.ask("q 0", "q 1")
+    asked.log(*[logged(f"q {n}", response) for n, response in enumerate(responses)])
+    assert asked.run(code=1).error() == f"nothing matched: {said}\n"
 
 
 @table(
-    "question, stored, how",
+    "question, prompt",
     {
-        "a space": ("Who wrote Hamlet, the play? ", "Who wrote Hamlet, the play?", "differ only in"),
-        "case": ("Who wrote hamlet, the play?", "Who wrote Hamlet, the play?", "differ only in"),
-        "quotes": ("Who wrote “Hamlet”, the play?", 'Who wrote "Hamlet", the play?', "differ only in"),
-        "a composed accent": ("Who wrote Cafe\u0301 au lait?", "Who wrote Caf\u00e9 au lait?", "differ only in"),
-        "a letter": ("Who wrote the play Hamlet?", "Who wrote the plai Hamlet?", ""),
-        "a prefix": ("Q1: Who wrote the play Hamlet?", "Who wrote the play Hamlet?", ""),
+        "other questions": ("Who?", prompt_of("What?")),
+        "a letter differs": ("Who wrote the play Hamlet?", prompt_of("Who wrote the plai Hamlet?")),
+        "it is longer": ("Q1: Who wrote the play Hamlet?", prompt_of("Who wrote the play Hamlet?")),
     },
 )
-def test_of_prompts_that_are_nearly_the_same_both_are_shown(experiment: Experiment, question, stored, how) -> None:
-    experiment.ask("Another one that is not there at all?", question)
-    tried, stored = prompt_of(question).removeprefix("user: "), prompt_of(stored).removeprefix("user: ")
-    experiment.log_prompts(stored, prompt_of("And this one is of no use here?"))
-    err = experiment.run().err
-    assert f"\n  tried:         {tried!r}\n  in the store:  {stored!r}\n" in err
-    assert how in err
-    assert "another experiment" not in err
+def test_another_experiments_store_is_called_so_with_two_prompts(asked: Experiment, question: str, prompt: str) -> None:
+    asked.ask({"prompt": question, "no text": " "})
+    asked.log_prompts(prompt, model="other-model")
+    asked.run(code=1)  # which makes the lock file
+    before = asked.files()
+    result = asked.run(code=1, output=asked.folder / "new" / "out.jsonl")
+    assert census(result) == "other-model 1/1"
+    assert "another experiment's store" in result.error()
+    assert f"look like {prompt!r}" in result.error()
+    assert f"tried: {prompt_of(question)!r}" in result.error()
+    assert not re.search("hint|--prompt_template", result.error())
+    assert asked.files() == before
 
 
-def test_of_long_prompts_the_part_around_the_difference_is_shown(experiment: Experiment) -> None:
-    text = "This is a long context, and it goes on. " * 30
-    experiment.ask(text + "Who wrote Hamlet? " + text)
-    experiment.log_prompts(prompt_of(text + "Who wrote Hamlet ? " + text))
-    err = experiment.run().err
-    assert max(map(len, err.splitlines())) < 250
-    assert "Who wrote Hamlet? This" in err
-    assert "Who wrote Hamlet ? This" in err
+# Near misses.
+
+SPACE, CASE, ACCENTS = "only in white space:", "only in case:", "only in the Unicode form of accents:"
+ANY = "only in white space, case, accents or punctuation:"
+CONTEXT = "This is a long context, and it goes on. " * 40
 
 
-def test_prompts_with_qa_texts_that_no_template_makes_are_no_other_experiment(experiment: Experiment) -> None:
-    experiment.ask(*[{"prompt": f"Which is number {n} of these?", "choices": [f"a{n}", f"b{n}"]} for n in range(9)])
-    experiment.log_prompts(*[f"user: Which is number {n} of these?\nChoices: a{n}, b{n}" for n in range(9)])
-    err = experiment.run().err
-    assert "`prompt` stands in 9 of 9 prompts of the store, but no template makes them of whole fields" in err
-    assert "another experiment" not in err
-    assert "  in the store:  'user: Which is number " in err
-    assert proposals(err) == []
+@table(
+    "question, stored, cause",
+    {
+        "a space at the end": ("Who wrote Hamlet? ", "Who wrote Hamlet?", SPACE),
+        "a hard space": ("Who wrote\u00a0Hamlet?", "Who wrote Hamlet?", SPACE),
+        "a space too few": ("Who wroteHamlet?", "Who wrote Hamlet?", SPACE),
+        "case": ("Wer hamlet? STRASSE?", "Wer Hamlet? Straße?", CASE),
+        "composed accents": ("Who wrote Cafe\u0301 au lait?", "Who wrote Caf\u00e9 au lait?", ACCENTS),
+        "no accents": ("Who wrote Cafe au lait?", "Who wrote Caf\u00e9 au lait?", ANY),
+        "quotes": ("Who wrote “Hamlet”?", 'Who wrote "Hamlet"?', ANY),
+        "case and white space": ("Who wrote  hamlet?", "Who wrote Hamlet?", ANY),
+        "a long context": (f"{CONTEXT}Who?{CONTEXT}", f"{CONTEXT}Who ?{CONTEXT}", SPACE),
+        "a long context of one": (f"who?{'!' * 4000}", "Who?", ANY),
+        "a long context of the other": ("who?", f"Who?{'!' * 4000}", ANY),
+    },
+)
+@pytest.mark.parametrize("matched", [0, 3, 40])
+def test_near_misses_are_counted_and_a_pair_shown_in_ascii_with_the_cause(
+    experiment: Experiment, question: str, stored: str, cause: str, matched: int
+) -> None:
+    usual = [f"Which is number {n}?" for n in range(matched)]
+    experiment.ask("Another one that is not there?", question, f"{question} Or else", *usual)
+    pairs = [(prompt_of(question + end)[6:], prompt_of(stored + end)[6:]) for end in ("", " Or else")]
+    experiment.log_prompts(*[prompt for _, prompt in pairs], *map(prompt_of, usual))
+    result = experiment.run(code=0 if matched else 1)
+    assert census(result) == "2/2"
+    assert f" differ from a prompt tried {cause}\n" in result.err
+    assert (len(result.warnings()), "another experiment" in result.err) == (matched > 0, False)
+    excerpts = re.findall(r"^     (?:tried:  |stored: ) '(.{1,200})'$", result.err, re.MULTILINE)
+    same = [next(n for n in range(9999) if one[n] != other[n]) for one, other in pairs]
+    telling = [[ascii(text[max(0, n - 20) : n + 4])[1:-1] for text in pair] for pair, n in zip(pairs, same)]
+    assert any(one in excerpts[0] and other in excerpts[1] for one, other in telling)
 
 
 # Some lines match, and others do not.
 
 
-def test_lines_without_an_entry_are_explained_where_the_store_has_entries_left(experiment: Experiment) -> None:
-    questions = [f"What is the answer to question number {n}?" for n in range(50)]
-    experiment.ask(*questions[:3], *[f"{question} " for question in questions[3:]])
-    experiment.log(*map(logged, questions))
-    result = experiment.run()
-    assert (result.code, len(result.lines)) == (0, 3)
-    assert "warning: 47 QA lines have no entry, though at least 47 entries of the store match no line\n" in result.err
-    assert "  tried:         'user: Answer in one sentence. Q:What is the answer to question number " in result.err
-
-
-def test_the_proposal_for_the_rest_of_a_run_repeats_the_templates_given_and_matches_all(experiment: Experiment) -> None:
-    questions = [f"What is the answer to question number {n}?" for n in range(20)]
-    experiment.ask(*questions)
-    experiment.log_prompts(*[f"A {q}" for q in questions[:5]], *[f"B {q}" for q in questions[5:]])
-    result = experiment.run("--prompt_template", "A {prompt}")
-    assert "15 QA lines have no entry, though at least 15 entries of the store match no line" in result.err
-    assert proposals(result.err) == ["--prompt_template 'A {prompt}' --prompt_template 'B {prompt}'"]
-    assert paste(experiment, proposals(result.err)[0]).startswith("QA lines: 20 (20 matched)\n")
-
-
-def test_in_a_sampled_run_whose_entries_are_all_used_nothing_is_explained(experiment: Experiment) -> None:
-    experiment.ask(*QUESTIONS)
-    experiment.log(*map(logged, QUESTIONS[:2]))
-    assert "though" not in experiment.run().err
-
-
-def test_judges_and_generators_of_a_sampled_run_are_no_news(experiment: Experiment) -> None:
-    log_like_hallulens(experiment, "Answer in one sentence. Q:{prompt}\n A:", "user: ", asked=range(10))
-    result = experiment.run()
-    assert result.code == 0
-    assert "\n20 QA lines have no entry, though at least 60 entries" in "\n" + result.err
-    assert "warning" not in result.err
-    assert proposals(result.err) == []
-
-
-# The wrong file, or the wrong path.
-
-LINE = '{"prompt": "q"}\n'
-CSV = 'prompt,answer\nq,"an answer, with a comma"\n'
-SPREAD = json.dumps([{"prompt": "q", "n": 1}], indent=1)
-DOCUMENT = "{e.qa} is one JSON document, and no JSON Lines\nhint: write one JSON object a line\n"
-NO_FIELD = "nothing matched: no QA line has text in `prompt`; found: none\n"
-IS_A_FILE = " is a file, where a folder with a `data.mdb` is wanted\n"
-NO_ENTRY = "{e.metadata}: 0 entries recovered\nerror: nothing matched: the store is empty\n"
+MODEL, REST = ("model", DEFAULT, 30), ("rest", MADE["cut"], range(30, 60))
 
 
 @table(
-    "break_it, message",
+    "lines, kinds, expected",
     {
-        "gzip": (lambda e: e.qa.write_bytes(gzip.compress(LINE.encode())), "{e.qa} is compressed with gzip\n"),
-        "UTF-16": (lambda e: e.qa.write_bytes(LINE.encode("utf-16")), "{e.qa} is in UTF-16\n"),
-        "CSV": (lambda e: e.qa.write_text(CSV), "{e.qa} looks like CSV, and no JSON Lines\nhint: python3 -c"),
-        "an array on one line": (lambda e: e.qa.write_text('[{"prompt": "q"}]\n'), DOCUMENT),
-        "an array on many lines": (lambda e: e.qa.write_text(SPREAD), DOCUMENT),
-        "an object spread over lines": (lambda e: e.qa.write_text(SPREAD[2:-2]), DOCUMENT),
-        "swapped files": (lambda e: {"qa_output_path": e.metadata / "data.mdb"}, "data.mdb is no text file\n"),
-        "an empty QA file": (lambda e: e.qa.write_bytes(b""), "{e.qa} is empty\n"),
-        "words": (lambda e: e.qa.write_text("no JSON\nnor this\n"), NO_FIELD),
-        "no QA file": (lambda e: e.qa.unlink(), "cannot read {e.qa}: No such file or directory\n"),
-        "swapped paths": (lambda e: {"qa_output_path": e.metadata, "lmdb_path": e.qa}, "{e.qa}" + IS_A_FILE),
-        "a store that is one file": (
-            lambda e: {"lmdb_path": (e.metadata / "data.mdb").rename(e.folder / "one.mdb")},
-            "{e.folder}/one.mdb" + IS_A_FILE,
-        ),
-        "the parent": (lambda e: {"lmdb_path": e.folder}, "has no `data.mdb`, but `a.lmdb_metadata`, `qa.jsonl`\n"),
-        "no store": (lambda e: {"lmdb_path": e.folder / "no"}, "{e.folder}/no_metadata: no such folder; "),
-        "an empty data.mdb": (lambda e: (e.metadata / "data.mdb").write_bytes(b""), "data.mdb is empty, or cannot be"),
-        "no LMDB file": (lambda e: (e.metadata / "data.mdb").write_bytes(b"text" * 9999), NO_ENTRY),
-        "something else": (
-            lambda e: write_store(e.metadata, [(b"an image", b"x")]),
-            "the keys of {e.metadata} are no prompt hashes",
-        ),
-        "an empty store": (lambda e: e.log(), "nothing matched: the store is empty\n"),
-        "only corrupted entries": (
-            lambda e: e.log(logged("q", None)),
-            "nothing matched: 1 entry found, but none usable\n",
-        ),
+        "only some were asked": (LINES[:60], [MODEL], ""),
+        "judges of all": (LINES[:60], [MODEL, *JUDGES], ""),
+        "judges of those asked": (LINES[:60], [MODEL, ("judge", JUDGE, 30)], ""),
+        "judges that no template makes": (LINES[:60], [MODEL, ("judge", MADE["cut"], 30)], ""),
+        "judges of pairs": (LINES[:60], [MODEL, ("judge", MADE["pair"], 30)], ""),
+        "another experiment": (LINES[:60], [MODEL, ("other", MADE["name"], 60)], ""),
+        "a judge where a tenth of the missing ones matched": (LINES[:110], [("m", DEFAULT, 10), ("j", JUDGE, 110)], ""),
+        "a judge where fewer matched": (LINES[:109], [("m", DEFAULT, 9), ("j", JUDGE, 109)], "j 100/100"),
+        "a kind that half of those matched have": (LINES[:60], [MODEL, ("other", BRIEF, range(15, 60))], ""),
+        "a kind that fewer have": (LINES[:60], [MODEL, ("other", BRIEF, range(16, 60))], "other 30/30"),
+        "no template makes the rest": (LINES[:60], [MODEL, REST, ("judge", MADE["lower"], 60)], "rest 30/90"),
+        "each question twice": (TWICE, [MODEL, ("other", "user: Q: {prompt}", range(30, 60))], "other 30/30"),
     },
 )
-def test_what_cannot_work_is_called_by_its_name(asked: Experiment, break_it: Any, message: str) -> None:
-    change = break_it(asked)
-    before = asked.files().keys()
-    result = asked.run(**(change if isinstance(change, dict) else {}))
-    assert result.code == 1
-    assert message.format(e=asked) in result.err
-    assert result.err.count("error: ") == 1
-    assert asked.files().keys() == before
+def test_after_a_match_only_the_rest_is_news(experiment: Experiment, lines: Any, kinds: Any, expected: str) -> None:
+    log_study(experiment, lines, *kinds)
+    result = experiment.run()
+    if not expected:
+        return assert_silent(result)
+    assert (census(result), len(result.warnings())) == (expected, 1)
+    missing = len(lines) - len(numbers_of(kinds[0][2]))
+    assert result.warnings()[0].startswith(f"{missing} of {len(lines)} QA lines have no entry")
+    assert "\nhint: " in result.err
 
 
-@table("content", {"gzip": gzip.compress(LINE.encode()), "UTF-16": LINE.encode("utf-16")})
-def test_the_option_in_the_hint_reads_the_qa_file(asked: Experiment, content: bytes) -> None:
-    asked.qa.write_bytes(content)
-    hint = asked.run().err.splitlines()[1].removeprefix("hint: ")
-    assert paste(asked, hint).startswith("QA lines: 1 (1 matched)\n")
+@pytest.mark.parametrize("given", [[DEFAULT, DEFAULT[6:]], ["A\n{prompt}"]])
+def test_after_a_trial_run_the_real_runs_template_goes_before_those_given(experiment: Experiment, given: Any) -> None:
+    log_study(experiment, LINES[:200], ("trial", given[0], 5), ("model", BRIEF, 200))
+    options = [f"--prompt_template={text}".replace("\n", "\\n") for text in given]
+    result = experiment.run(*options[: len(given) % 2])
+    assert (census(result), len(result.warnings())) == ("model 195/195", 1)
+    words = paste(result.proposals()[0])
+    assert words == [f"--prompt_template={BRIEF}".replace("\n", "\\n"), *options]
+    assert experiment.run(*words).generations() == answers("model", 200)
 
 
-def test_the_line_that_converts_csv_makes_a_qa_file(asked: Experiment) -> None:
-    pytest.importorskip("pandas")
-    asked.qa.write_text(CSV)
-    hint = asked.run().err.splitlines()[1].removeprefix("hint: ").replace("python3", shlex.quote(sys.executable), 1)
-    subprocess.run(["bash", "-c", hint], check=True, timeout=60)
-    result = asked.run(qa_output_path=f"{asked.qa}.jsonl")
-    assert result.lines[0]["answer"] == "an answer, with a comma"
+def test_the_explanation_comes_before_the_output_is_replaced(experiment: Experiment, monkeypatch: Any) -> None:
+    """So that a user who stops it has the old output."""
+    seen = []
+
+    def look(record: logging.LogRecord) -> bool:
+        seen.append((record.getMessage().rsplit(": ")[-1], experiment.output.read_text()))
+        return True
+
+    experiment.ask(*LINES[:9])
+    prompts = [DEFAULT.format(**LINES[0]), *(BRIEF.format(**line) for line in LINES[1:9])]
+    experiment.log(*[logged("", " An answer." if n < 8 else None, prompt=prompt) for n, prompt in enumerate(prompts)])
+    # The template that is tried then leads to a corrupted entry, and so to the other store, of which a warning tells.
+    write_store(experiment.lmdb, [(b"0" * 64 + b"_1", {}), (prompts[8], logged("", prompt=prompts[8]))])
+    experiment.output.write_text("old")
+    monkeypatch.setattr(logging.getLogger("reconstruct_inference"), "filters", [look])
+    experiment.run()
+    assert ("multi-sample entries (`<hash>_<id>`) are not supported; skipped", "old") in seen
 
 
-@pytest.mark.parametrize("content", [f'{{"prompt": "q"\n{LINE}', f"a, b\n{LINE}", f"{LINE}no JSON, but a comma\n"])
-def test_one_bad_line_is_no_other_format(asked: Experiment, content: str) -> None:
-    asked.qa.write_text(content)
-    assert "QA lines: 2 (1 matched, 1 malformed)\n" in asked.run().err
+# Samples of the store and of the QA file.
 
 
-@pytest.mark.parametrize("name", ["qa_output_path", "lmdb_path", "output_path"])
-def test_an_empty_path_is_wrong_usage_of_the_option_that_is_named(asked: Experiment, name: str) -> None:
-    result = asked.run(**{name: ""})
-    assert result.code == 2
-    assert f"argument --{name}: it is empty, as a variable that is not set" in result.err
+def test_only_prompts_of_usable_entries_are_counted_and_each_once(experiment: Experiment) -> None:
+    experiment.ask("Not there?")
+    first, second = ([logged("", prompt=f"a prompt {n}", model=who) for n in range(30)] for who in ("first", "second"))
+    useless: list[Any] = [{"prompt": "a prompt"}, b"no pickle", {"response": "x"}, {"prompt": 7, "response": "x"}]
+    keys = [*(b"%064x" % n for n in range(4)), *(b"f" * 63 + b"%x" % n for n in range(4))]
+    entries = [(entry["prompt"], entry) for entry in first[:20]]
+    write_store(experiment.metadata, [*entries, *zip(keys, useless * 2)])
+    write_store(experiment.lmdb, [(entry["prompt"], entry) for entry in second])
+    error = experiment.run(code=1).error()
+    assert "30 of the 30 prompts looked at" in error
+    assert "`first`, `second` answered" in error
 
 
-@pytest.mark.parametrize("options", [["--unknown"], ["--qa", "x"], ["--prompt_template"]])
-def test_wrong_usage_ends_with_exit_code_2(asked: Experiment, options: list[str]) -> None:
-    assert asked.run(*options).code == 2
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_of_a_large_store_a_share_is_looked_at(experiment: Experiment, is_whole: bool) -> None:
+    texts = [f"What is {n}?" for n in range(9000)]
+    experiment.log(*map(logged, texts))
+    experiment.ask(*texts[:4500], *[f"{text} " for text in texts[4500:]])
+    if not is_whole:
+        data = experiment.metadata / "data.mdb"
+        os.truncate(data, data.stat().st_size - 4096)
+    result = experiment.run()
+    assert " differ from a prompt tried only in white space" in result.err
+    near, looked_at = (int(number.replace(",", "")) for number in census(result).split("/"))
+    assert 2900 < looked_at < 3100  # two thirds of those without a line
+    assert 130 < near < 220  # of some 280 lines
+
+
+def test_prompts_that_belong_to_lines_are_no_near_misses_in_large_stores(experiment: Experiment) -> None:
+    texts = [f"What is {n}?" for n in range(9000)]
+    entries = [(entry["prompt"], entry) for entry in map(logged, texts)]
+    write_store(experiment.metadata, [*entries[:-1], (entries[-1][0], logged(texts[-1], None))])
+    write_store(experiment.lmdb, entries[-7000:])
+    experiment.ask(*[f"{text}?" for text in texts[:300]], *texts)
+    result = experiment.run()
+    assert result.counts() == {"QA lines": 9300, "matched": 9000, "without an entry": 300}
+    assert_silent(result)
+
+
+def test_of_very_long_prompts_fewer_are_looked_at(experiment: Experiment) -> None:
+    experiment.ask(*[{"prompt": f"{n}?"} | {f"field {k}": f"text {k}" for k in range(19)} for n in range(300)])
+    experiment.log_prompts(*[f"{n}!" + "x" * 20_000 for n in range(40)])
+    assert "25 of the 25 prompts looked at" in experiment.run(code=1).error()
+
+
+def test_lines_with_hundreds_of_fields_or_levels_do_not_matter(experiment: Experiment) -> None:
+    log_study(experiment, [line | {f"field {k}": "x" * k for k in range(300)} for line in LINES[:9]], ("m", BRIEF, 9))
+    with experiment.qa.open("a") as file:
+        for depth in (300, 100_000):
+            file.write('{"prompt": "deep", "x": ' + "[" * depth + "]" * depth + "}\n")
+    result = experiment.run(code=1)
+    assert census(result) == "m 9/10"
+    assert given_by_proposals(experiment, result) == [answers("m", 9)]
+
+
+def test_an_entry_under_the_wrong_key_is_not_shown_as_a_prompt_without_a_line(experiment: Experiment) -> None:
+    experiment.ask("q", "w")
+    write_store(experiment.metadata, [(prompt_of("q"), logged("other"))])
+    assert experiment.run(code=1).error() == "none of 2 QA lines matches an entry\n"

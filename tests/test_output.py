@@ -1,111 +1,148 @@
-"""The output appears whole or not at all, and no input is ever changed."""
+"""The output appears whole or not at all, whatever happens, and no input is ever changed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import shlex
 import signal
 import stat
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from helpers import SCRIPT, Experiment, logged, read_lines, table
+from helpers import DEADLINE, SCRIPT, STOP_SIGNALS, Experiment, bash, logged, read_lines, table
 
-OLD = b'{"old": true}\n'
+from reconstruct_inference import reconstruct_inference
+
+OLD, LINE = b'{"old": true}\n', b'{"prompt": "q"}\n'
+STOPPED: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGKILL: -9}
+FILES = ["a.lmdb_metadata", "out.jsonl", "qa.jsonl"]
 INPUTS = ["qa.jsonl", "a.lmdb_metadata/data.mdb", "a.lmdb_metadata/lock.mdb", "a.lmdb/data.mdb", "a.lmdb/lock.mdb"]
 
 
-@pytest.fixture
-def long_run(experiment: Experiment) -> Experiment:
-    """A run of some tenths of a second, over an output that is there already."""
-    questions = [f"question {n}" for n in range(100)]
-    experiment.log(*map(logged, questions))
-    experiment.ask(*questions * 100)
-    experiment.output.write_bytes(OLD)
-    return experiment
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_in_mid_run_the_old_output_stays(asked: Experiment, number: int, code: int) -> None:
+@contextlib.contextmanager
+def halfway(asked: Experiment, **how: Any) -> Iterator[Any]:
+    """A run that has begun to write its output, and waits for its second QA line."""
     asked.output.write_bytes(OLD)
-    before = set(os.listdir(asked.folder))
-    with asked.start(paths={"qa_output_path": "/dev/stdin"}, stdin=subprocess.PIPE) as process:
-        process.stdin.write(b'{"prompt": "q"}\n')
-        process.stdin.flush()
-        while set(os.listdir(asked.folder)) == before:
+    with asked.start(qa="-", stdin=subprocess.PIPE, bufsize=0, **how) as process:
+        process.stdin.write(LINE)
+        deadline = time.monotonic() + DEADLINE
+        while len(os.listdir(asked.folder)) == 3:
+            assert (process.poll(), time.monotonic() < deadline) == (None, True)
             time.sleep(0.01)
+        yield process
+
+
+@pytest.mark.parametrize("number", STOPPED)
+def test_a_stopped_run_says_so_and_leaves_what_was_there(asked: Experiment, number: int) -> None:
+    with halfway(asked) as process:
         process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (code, b"")
+        result = asked.end(process, code=STOPPED[number])
     assert asked.output.read_bytes() == OLD
     if number != signal.SIGKILL:
-        assert set(os.listdir(asked.folder)) == before
+        assert result.err == f"error: stopped; {asked.output} is unchanged\n"
+        assert sorted(os.listdir(asked.folder)) == FILES
 
 
-def test_signals_are_handled_as_before_once_the_command_is_done(asked: Experiment) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    asked.run()
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_that_the_caller_ignores_as_nohup_does_stays_ignored(asked: Experiment, number: int) -> None:
+    with halfway(asked, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN)) as process:
+        process.send_signal(number)
+        result = asked.end(process, stdin=LINE)
+    assert len(result.lines) == 2
 
 
-def test_a_full_disk_leaves_the_old_output(long_run: Experiment) -> None:
-    before = set(os.listdir(long_run.folder))
-    result = long_run.run(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert (result.code, result.err) == (1, f"error: cannot write {long_run.output}: File too large\n")
-    assert long_run.output.read_bytes() == OLD
-    assert set(os.listdir(long_run.folder)) == before
+def test_the_function_leaves_signals_limits_and_descriptors_as_they_are(asked: Experiment) -> None:
+    def state() -> Any:
+        handlers = [signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGALRM, signal.SIGCHLD)]
+        limits = resource.getrlimit(resource.RLIMIT_DATA), resource.getrlimit(resource.RLIMIT_CORE)
+        return handlers, signal.pthread_sigmask(signal.SIG_BLOCK, []), limits, sorted(os.listdir("/proc/self/fd"))
+
+    before = state()
+    reconstruct_inference(asked.qa, asked.lmdb, asked.output)
+    assert state() == before
 
 
-def test_a_reader_of_the_output_that_goes_away_is_one_plain_line(long_run: Experiment) -> None:
-    with long_run.start(paths={"output_path": "/dev/stdout"}) as process:
-        process.stdout.close()
-        err = process.stderr.read()
-    assert process.wait(30) == 1
-    assert err == b"error: cannot write /dev/stdout: Broken pipe\n"
+def test_a_line_too_long_for_the_memory_is_one_plain_error(asked: Experiment) -> None:
+    command = f"python {SCRIPT} {shlex.join(asked.arguments(qa='/dev/zero'))}"
+    said = bash(f"ulimit -d 300000; ulimit -v 2000000; {command}", asked.folder)
+    assert (said.returncode, said.stderr) == (1, "error: out of memory\n")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", "<&-", ">&-"])
-def test_closed_standard_streams_do_not_matter(asked: Experiment, closed: str) -> None:
-    command = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, str(SCRIPT), *asked.arguments()]
-    assert subprocess.run(command, timeout=30, check=False, capture_output=True).returncode == 0
-    assert len(read_lines(asked.output)) == 1
-
-
-def test_the_new_output_takes_the_old_ones_place_as_an_ordinary_new_file(asked: Experiment) -> None:
+def test_a_full_disk_leaves_the_old_output(asked: Experiment) -> None:
+    asked.qa.write_bytes(LINE * 2_000)
     asked.output.write_bytes(OLD)
-    result = asked.run(umask=0o027)
+    said = bash(f"ulimit -f 100; python {SCRIPT} {shlex.join(asked.arguments())}", asked.folder)
+    assert (said.returncode, said.stderr) == (1, f"error: cannot write {asked.output}: File too large\n")
+    assert asked.output.read_bytes() == OLD
+    assert sorted(os.listdir(asked.folder)) == FILES
+
+
+@pytest.mark.parametrize("qa", ["", '{"prompt": "not asked"}', "no JSON", '{"prompt": "bad"}', '{"n": 1}'])
+def test_a_run_without_a_match_leaves_the_old_output_and_makes_no_folder(asked: Experiment, qa: str) -> None:
+    asked.log(logged("q"), logged("bad", None))
+    asked.qa.write_text(f"{qa}\n")
+    asked.output.write_bytes(OLD)
+    asked.run(code=1)
+    assert asked.output.read_bytes() == OLD
+    asked.run(output=asked.folder / "new" / "out.jsonl", code=1)
+    assert sorted(os.listdir(asked.folder)) == FILES
+
+
+@pytest.mark.parametrize("questions", [["q", "w", "never asked"], ["never asked"]])
+@pytest.mark.parametrize("missing", ["lock.mdb", "a.lmdb", "nothing"])
+def test_reading_changes_nothing_but_lock_files_and_makes_none(asked: Experiment, missing: str, questions: Any) -> None:
+    asked.ask(*questions)
+    if missing != "a.lmdb":
+        asked.log_activations(logged("q"), logged("w"))
+    for lock in asked.folder.glob(f"*/{missing}"):
+        lock.unlink()
+    before = asked.files()
+    asked.run(code=questions[0] != "q")
+    asked.output.unlink(missing_ok=True)
+    after = asked.files()
+    assert after.keys() == before.keys()
+    assert all(after[path] == before[path] for path in before if not path.endswith("lock.mdb"))
+
+
+def test_an_output_that_was_there_is_replaced_by_an_ordinary_new_file_and_that_is_said(asked: Experiment) -> None:
+    assert "replaced" not in asked.run().err
+    asked.output.write_bytes(OLD)
+    with asked.output.open("rb") as old:
+        result = asked.run_process(umask=0o027)
+        assert old.read() == OLD  # a reader of the old file keeps it
+    assert f"wrote 1 line to {asked.output} (replaced the old file)\n" in result.err
     assert stat.S_IMODE(asked.output.stat().st_mode) == 0o640
-    assert [line["prompt"] for line in result.lines] == ["q"]
+    assert len(result.lines) == 1
 
 
 def test_a_symbolic_link_stays_and_its_target_is_made_with_its_folders(asked: Experiment) -> None:
-    asked.output.symlink_to("elsewhere/target.jsonl")
-    assert asked.run().code == 0
+    asked.output.symlink_to("elsewhere/and/target.jsonl")
+    asked.run()
     assert asked.output.is_symlink()
-    assert len(read_lines(asked.folder / "elsewhere" / "target.jsonl")) == 1
+    assert len(read_lines(asked.folder / "elsewhere/and/target.jsonl")) == 1
 
 
 @table(
     "output, message",
     {
-        "below a file": ("a_file/out.jsonl", "File exists"),
+        "below a file": ("qa.jsonl/out.jsonl", "Not a directory"),
+        "far below a file": ("qa.jsonl/new/out.jsonl", "Not a directory"),
         "too long a name": ("x" * 256, "File name too long"),
-        "a folder": ("a_folder", "it is a folder"),
-        "a folder with a slash": ("a_folder/", "it is a folder"),
+        "a folder": ("a.lmdb_metadata", "it is a folder"),
         "a folder that is not there": ("new/", "it is a folder"),
         "a full device": ("/dev/full", "No space left on device"),
     },
 )
 def test_an_output_that_cannot_be_is_one_plain_line(asked: Experiment, output: str, message: str) -> None:
-    (asked.folder / "a_file").touch()
-    (asked.folder / "a_folder").mkdir()
-    before = set(os.listdir(asked.folder))
+    before = os.listdir(asked.folder)
     path = os.path.join(asked.folder, output)  # which keeps a slash at the end
-    result = asked.run(output_path=path)
-    assert (result.code, result.err) == (1, f"error: cannot write {path}: {message}\n")
-    assert set(os.listdir(asked.folder)) == before
+    assert asked.run(output=path, code=1).err == f"error: cannot write {path}: {message}\n"
+    assert os.listdir(asked.folder) == before
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -116,14 +153,68 @@ def test_an_output_that_is_an_input_by_whatever_path_or_link_is_refused(asked: E
     hard.hardlink_to(target)
     before = asked.files()
     for output in (target, asked.folder / "a.lmdb" / ".." / name, symbolic, hard):
-        result = asked.run(output_path=output)
-        assert result.code == 1
-        assert result.err.endswith(f"the output {output} is an input, {target}: nothing was touched\n")
+        assert asked.run(output=output, code=1).error() == f"refusing to overwrite the input {target}\n"
     assert asked.files() == before
 
 
-def test_an_output_that_would_become_a_stores_file_is_refused(asked: Experiment) -> None:
-    (asked.metadata / "lock.mdb").unlink()
-    for name in ("a.lmdb/data.mdb", "a.lmdb_metadata/lock.mdb"):
-        assert asked.run(output_path=asked.folder / name).code == 1
-        assert not (asked.folder / name).exists()
+@pytest.mark.parametrize(("qa", "output"), [("-", "-"), ("/dev/stdin", "/dev/stdout")])
+def test_standard_streams_are_read_and_written_and_appended_to(asked: Experiment, qa: str, output: str) -> None:
+    with asked.output.open("wb", buffering=0) as file:
+        file.write(OLD)
+        result = asked.run_process(qa=qa, output=output, stdin=b"\n\n[]\n" + LINE, stdout=file)
+    assert result.counts() == {"QA lines": 2, "matched": 1, "malformed": 1}
+    assert result.warnings()[0].startswith("/dev/stdin:3: ")
+    assert "wrote 1 line to /dev/stdout" in result.err
+    assert [line.get("generation") for line in result.lines] == [None, " An answer."]
+    assert asked.run_process(output=output).out.count('"generation"') == 1
+
+
+def test_a_named_pipe_gets_the_lines_and_stays_one(asked: Experiment) -> None:
+    os.mkfifo(asked.output)
+    said = bash(f"cat out.jsonl & python {SCRIPT} {shlex.join(asked.arguments())}; wait", asked.folder)
+    assert said.stdout.startswith('{"prompt": "q", "generation": ')
+    assert said.stderr.endswith(f"wrote 1 line to {asked.output}\n")
+    assert asked.output.is_fifo()
+
+
+def test_a_reader_of_the_output_that_goes_away_ends_the_run_quietly(asked: Experiment) -> None:
+    asked.qa.write_bytes(LINE * 10_000)
+    with asked.start(output="-") as process:
+        process.stdout = process.stdout.close()
+        assert asked.end(process, code=141).err == ""
+
+
+def test_standard_input_that_is_a_terminal_says_what_it_waits_for(asked: Experiment) -> None:
+    terminal, its_end = os.openpty()
+    with asked.start(qa="-", stdin=its_end) as process:
+        os.write(terminal, LINE + b"\x04")
+        result = asked.end(process)
+    os.close(terminal)
+    os.close(its_end)
+    assert result.err.startswith("reading QA lines from the terminal; Ctrl-D")
+    assert len(result.lines) == 1
+
+
+@table(
+    "options, redirections, code",
+    {
+        "input": ({}, "<&-", 0),
+        "output": ({}, ">&-", 0),
+        "full messages": ({}, "2>/dev/full", 0),
+        "all": ({}, "<&- >&- 2>&-", 0),
+        "lines to the closed output": ({"output": "-"}, "<&- >&-", 1),
+        "lines beside closed messages": ({"output": "-"}, "<&- 2>&- >out.jsonl", 0),
+        "lines from the closed input": ({"qa": "-"}, "<&- >&- 2>&-", 1),
+    },
+)
+def test_a_closed_stream_is_no_other_file(asked: Experiment, options: Any, redirections: str, code: int) -> None:
+    asked.log_activations(logged("q"))
+    before = asked.files()
+    said = bash(f"python {SCRIPT} {shlex.join(asked.arguments(**options))} {redirections}", asked.folder)
+    assert (said.returncode, said.stdout, "recovered" in said.stderr) == (code, "", False)
+    assert asked.output.exists() == (code == 0)
+    assert code or [line["generation"] for line in read_lines(asked.output)] == [" An answer."]
+    asked.output.unlink(missing_ok=True)
+    after = asked.files()
+    assert {path: len(after[path]) for path in after} == {path: len(before[path]) for path in before}
+    assert all(after[path] == before[path] for path in before if not path.endswith("lock.mdb"))
