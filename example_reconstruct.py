@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import pickle
@@ -80,7 +81,8 @@ def show(folder: Path) -> None:
     print("\n3. The command:\n")
     print(shlex.join(command(qa_path, lmdb_path, output_path)))
     print("\n4. What it says:\n", flush=True)
-    reconstruct_inference.main(command(qa_path, lmdb_path, output_path)[2:])
+    with contextlib.redirect_stderr(sys.stdout):
+        reconstruct_inference.main(command(qa_path, lmdb_path, output_path)[2:])
     rebuilt = [json.loads(line) for line in output_path.read_text(encoding="utf-8").splitlines()]
     print("\n5. The first line that it wrote, spread out:\n")
     print(json.dumps(rebuilt[0], indent=4, ensure_ascii=False))

@@ -173,7 +173,7 @@ def parse_qa(line: bytes) -> QA:
     text = line.decode().strip()
     qa, end = _decode_json(text)
     if type(qa) is not dict or end < len(text):
-        raise ValueError(f"there is a {type(qa).__name__}, which ends at column {end}")
+        raise ValueError("it is another value, or text follows it")
     return qa
 
 
@@ -518,10 +518,10 @@ def look_up_every_entry(scan: Any, lookup: Any, advance: Callable[[int], object]
     claimed = scan.stat()["entries"]
     for key in itertools.islice(scan.cursor().iternext(values=False), claimed + 1):  # a damaged tree has no end
         keys += 1
+        if not key or (len(key) == 64 and key.translate(None, b"0123456789abcdef")):
+            raise ValueError("a key is damaged")  # the end of a page that was cut reads as zeros
         if len(key) == 64:
             entries += 1
-            if key.translate(None, b"0123456789abcdef"):
-                raise ValueError("a key of this length is a hash")
             value = lookup.get(key)
             bytes(value[-1:])  # reads its last page; a TypeError if the key leads nowhere
             advance(len(value))
@@ -1150,15 +1150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    how = "template of the prompt: {name} inserts a field, \\n is a line break; if repeated, the first template with "
-    how += f"an entry is used (default: {DEFAULT_PROMPT_TEMPLATE!r}, with and without `user: `)"
+    how = "how prompts were made: {name} is a field, \\n a line break; may be repeated: each QA line uses the first "
+    how += f"template that has an entry (default: {DEFAULT_PROMPT_TEMPLATE!r}, with and without `user: `)"
     path: dict[str, Any] = {"required": True, "type": os.path.expanduser, "metavar": "PATH"}
     add = parser.add_argument
     add("--qa_output_path", **path, help="JSON Lines file with the questions; `-` is standard input")
     add("--lmdb_path", **path, help="path passed to the activations logger; `PATH_metadata` is found automatically")
     add("--output_path", **path, help="generation.jsonl to write; `-` is standard output")
     add("--prompt_template", action="append", metavar="TEMPLATE", help=how)
-    add("--prompt_as_sent", action="store_true", help="write the prompt as sent into `prompt`, as HalluLens does")
+    add("--prompt_as_sent", action="store_true", help="put the prompt as sent into `prompt`, as HalluLens does")
     add("--verbose", action="store_true", help="log each QA line's hash and outcome, and all warnings")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     options = vars(parser.parse_args(argv))

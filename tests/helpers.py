@@ -29,7 +29,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The forms of lines on standard error, so that noise of the interpreter or a library is noticed.
 MESSAGES = r"(warning|error|hint|QA lines|entries|model): .+|wrote .+| {2,}.+|reading QA lines from the terminal.+"
-USAGE = r"usage: .+|[\w.]+: error: argument .+|[\w.]+: error: the following arguments are required: .+"
+USAGE = r"usage: .+|[-\w.]+: error: argument .+|[-\w.]+: error: the following arguments are required: .+"
 DEBUGGING = r".+:\d+: .+"
 
 

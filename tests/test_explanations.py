@@ -20,12 +20,17 @@ Line = dict[str, Any]
 Kind = tuple[str, Any, Any]  # who is asked, by a template or function of n, on which lines or on how many
 
 
+def random_name(n: int) -> str:
+    return hashlib.sha256(b"%d" % n).hexdigest()[:20]
+
+
 def make_line(n: int) -> Line:
-    names = {"title": f"Subject number {n}.", "prompt": f"What is known of subject number {n}?", "answer": f"fact {n}."}
-    return {**names, "reference": f"{n} is the number of a subject, and there is much to be known of {n}."}
+    line = {"title": f"{random_name(n)}, {n}", "prompt": f"What is known of number {n}?", "answer": f"fact {n}."}
+    return {**line, "reference": f"{n} is the number of a subject, and there is much to be known of {n}."}
 
 
 LINES = [make_line(n) for n in range(1200)]
+SOME = LINES[:60]
 DEFAULT = prompt_of("{prompt}")
 BRIEF = "user: {prompt}\nAnswer briefly."
 GENERATOR = "user: Here is a text about {title}:\n{reference}\nWrite one question about it, and nothing else.\nQ:"
@@ -86,13 +91,11 @@ TEXTS += ["Which of these is a fruit?\n1) stone\n2) pear", "A question with \"qu
     "qa, prompt",
     {
         "nothing but the question": ({"prompt": "Q?"}, "Q?"),
-        "a suffix instead of a prefix": ({"prompt": "Q?"}, "Q?\nAnswer:\n\n"),
-        "a system message before the user's": ({"prompt": "Q?"}, "system: You are helpful.\nuser: Q?\n A:"),
         "questions in another field": ({"prompt": ["no text"], "question": "Q?"}, prompt_of("Q?")),
         "prompts that are formatted already": ({"prompt": prompt_of("Q?")}, prompt_of("Q?")),
         "a template with non-ASCII text": ({"prompt": "Q?"}, "ユーザー: «Q?»\u2028\u00a0→"),
         "shell characters": ({"prompt": "Q?"}, """'{"q": "it's Q?"}' $HOME `ls` !! \\n \\\\" %d{prompt}}"""),
-        "a dash and control characters": ({"prompt": "Q?"}, "-n 'Q?'\\\t\r\x1b[31m\x07 «é»"),
+        "a dash and control characters": ({"prompt": "Q?"}, "-n 'Q?'\\\t\r\x1b[31m\x07a «é»"),
         "two fields and a chance": ({"task": TASK, "prompt": "Q?", "lang": "en"}, f"{TASK}\nQ?\nin a sentence"),
         "three fields": ({"a": "Say Q?", "b": 7, "c": "{c} Q?", "d": "2"}, "user: 7. {c} Q?, but Say Q?, 2 or 3"),
         "a field twice": ({"prompt": "Q?", "same": "Q?"}, "Q? I repeat: Q?"),
@@ -114,7 +117,8 @@ def test_the_only_option_pasted_into_bash_gives_each_answer(experiment: Experime
     assert census(result) == "some-model 6/7"
     (option,) = result.proposals()
     assert option.isprintable()
-    again = experiment.run(*paste(option))
+    (word,) = paste(option)
+    again = experiment.run(word)
     assert again.generations() == [f"response {n}" for n in range(6)]
     assert again.counts() == {"QA lines": 7, "matched": 6, "without an entry": 1}
 
@@ -130,54 +134,53 @@ def test_any_template_can_be_pasted(experiment: Experiment, before: str, after: 
     assert given_by_proposals(experiment, experiment.run(code=1)) == [answers("model", 9)]
 
 
-def random_name(n: int) -> str:
-    return hashlib.sha256(b"%d" % n).hexdigest()[:20]
-
-
 # Prompts that no template makes.
 MADE: dict[str, Callable[[int], str]] = {
     "options": lambda n: f"user: {LINES[n]['prompt']}\n(A) big {n % 7}\n(B) small {n}\nAnswer:",
     "cut": lambda n: f"user: Read this: {LINES[n]['reference'][: 30 + n % 3]}…\n{LINES[n]['prompt']}",
     "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} Briefly:",
-    "pair": lambda n: f"Which is better? {LINES[n]['prompt']} or {LINES[n + 30]['prompt']}",
-    "name": lambda n: f"{random_name(n)}, {n}\nWhat is to be known of them?",
+    "name": lambda n: f"{random_name(n + 5000)}, {n}\nWhat is to be known of them?",
 }
 JUDGES = [("generator", GENERATOR, 60), ("judge", JUDGE, 60)]
 LATE_JUDGE, LATE_MODEL = ("judge", JUDGE[6:], 60), ("model", BRIEF[6:], 50)
 SMALL_KINDS = [("a", "A {prompt}", 9), ("b", "B {prompt}", 20), ("c", "C {title}", range(10, 20))]
 GROUPS = [(who, lambda n, who=who: who * 12 + random_name(n), n) for who, n in {"x": 10, "y": 12, "z": 11}.items()]
-TWICE = [{**LINES[n // 2], "annotator": n % 2} for n in range(60)]
-SUMS = [{"prompt": f"{a} + {b}"} for a in range(3, 12) for b in range(5, 9)]
-WORDS = [{"prompt": text} for text in ["art", "tar", "star", "start", "a", "an", "水", "木", "水木", "👩", "👩‍🚀"]]
+TWICE = [{**LINES[n // 2], "note": f"note {n}"} for n in range(60)]
+LETTERS = [{"blank": " ", "x": "ver" if n == 50 else "facts"[n % 5], **line} for n, line in enumerate(SOME)]
+SHORT = ["3 + 3", "3 + 33", "33 + 3", "art", "tar", "star", "start", "a", "an", "水", "木", "水木", "👩", "👩‍🚀"]
+WORDS = [{"prompt": text} for text in SHORT]
 NUMBERS = [{"prompt": str(n), "note": "answer this in one word" if n == 17 else ""} for n in range(120)]
 TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(LINES[:9])]
-NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line in enumerate(LINES[:60])]
+NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line in enumerate(SOME)]
 
 
 @table(
     "lines, kinds, expected",
     {
-        "an early server": (LINES[:60], [*JUDGES, ("model", BRIEF, 50)], "model 50/60, generator 60/60, judge 60/60"),
-        "a late server": (LINES[:60], [LATE_JUDGE, LATE_MODEL], "model 50/60, judge 60/60"),
-        "few-shot": (LINES[:60], [*JUDGES, ("model", FEW_SHOT, 50)], "generator 60/60, judge 60/60, model 50/60"),
-        "five": (LINES[:60], [*SMALL_KINDS, *JUDGES], "c 10/60, b 20/60, generator 60/60, judge 60/60"),
+        "an early server": (SOME, [*JUDGES, ("model", BRIEF, 50)], "model 50/60, generator 60/60, judge 60/60"),
+        "a late server": (SOME, [LATE_JUDGE, LATE_MODEL], "model 50/60, judge 60/60"),
+        "few-shot": (SOME, [*JUDGES, ("model", FEW_SHOT, 50)], "generator 60/60, judge 60/60, model 50/60"),
+        "five": (SOME, [*SMALL_KINDS, *JUDGES], "c 10/60, b 20/60, generator 60/60, judge 60/60"),
         "one of 200 asked": (LINES[:200], [("model", BRIEF, [77])], "model 1/200"),
         "300 lines": (LINES[:300], [("model", BRIEF, range(100, 300))], "model 200/300"),
         "nested": (NESTED, [("model", "user: Q: {q[stem]} ({of[1]})", 60)], "model 60/60"),
-        "sums": (SUMS, [("model", "user: {prompt} = ?", 36)], "model 36/36"),
-        "words": (WORDS, [("model", "user: What is {prompt}? Be brief.", 11)], "model 11/11"),
+        "short texts": (WORDS, [("model", "user: What is {prompt}? Be brief.", 14)], "model 14/14"),
         "a QA text in the template": (NUMBERS, [("model", "answer this in one word: {prompt}", 120)], "model 120/120"),
-        "no other text": (LINES[:60], [("a", "{prompt}", 60), ("b", MADE["options"], 50)], "a 60/60, b 50/110"),
-        "options": (LINES[:60], [LATE_JUDGE, ("model", MADE["options"], 50)], "judge 60/60, model 50/110"),
-        "context cut": (LINES[:60], [LATE_JUDGE, ("model", MADE["cut"], 50)], "judge 60/60, model 50/110"),
-        "lower case": (LINES[:60], [LATE_JUDGE, ("model", MADE["lower"], 50)], "judge 60/60, model 50/110"),
+        "no other text": (SOME, [("a", "{prompt}", 60), ("b", MADE["options"], 50)], "a 60/60, b 50/110"),
+        "options": (SOME, [LATE_JUDGE, ("model", MADE["options"], 50)], "judge 60/60, model 50/110"),
+        "context cut": (SOME, [LATE_JUDGE, ("model", MADE["cut"], 50)], "judge 60/60, model 50/110"),
+        "lower case": (SOME, [LATE_JUDGE, ("model", MADE["lower"], 50)], "judge 60/60, model 50/110"),
         "an index first": (LINES, [("model", lambda n: f"[{n}] AND SO ON (of {n})", 120)], "model 120/120"),
         "a name first": (LINES, [("model", MADE["name"], 60)], "model 60/60"),
         "names first": (LINES, [("model", lambda n: f"{MADE['name'](n // 3)} It is {n}.", 60)], "model 60/60"),
         "a few names first": (LINES, [("model", MADE["name"], 5)], "model 5/5"),
         "a name last": (LINES, [("model", lambda n: f"What is known of {random_name(n)}", 60)], "model 60/60"),
-        "a title first": (LINES, [("model", lambda n: f"{LINES[n]['title']} {MADE['name'](n)}", 60)], "model 60/60"),
+        "a title first": (SOME, [("m", lambda n: f"{SOME[n]['title']}, then {random_name(-n)}", 60)], "m 60/60"),
         "the largest groups": (LINES, GROUPS, "y 12/33, z 11/33"),
+        "rare": (LINES[:300], [("model", BRIEF, [7, 8]), ("odd", MADE["options"], 300)], "model 2/300, odd 300/302"),
+        "letters": (LETTERS, [("model", "user: Give facts of {title}: {prompt}", 50)], "model 50/60"),
+        "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 8])], "model 2/60, generator 60/60, judge 60/60"),
+        "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
         "a prompt by chance": (TOWNS, [("x", lambda n: "Is it town 0?", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
         "one for all lines": (TOWNS, [("x", lambda n: "Answer in en.", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
     },
@@ -190,9 +193,14 @@ def test_the_kinds_are_shown_and_can_be_chosen(experiment: Experiment, lines: An
     assert sorted(given_by_proposals(experiment, result)) == sorted(answers(who, asked) for who, _, asked in chosen)
 
 
+def test_the_template_with_the_fewest_fields_is_proposed(experiment: Experiment) -> None:
+    lines = [{"task": TASK, "same": line["prompt"] if n < 5 else "x", **line} for n, line in enumerate(LINES[:9])]
+    log_study(experiment, lines, ("model", "{task} {prompt}", 9))
+    assert experiment.run(code=1).proposals() == [f"--prompt_template='{TASK} {{prompt}}'"]
+
+
 @table(
-    "template, asked, share",
-    {"the first half": (BRIEF, range(600), 3 / 7), "the last tenth": ("Q: {prompt}", range(1080, 1200), 4 / 35)},
+    "template, asked, share", {"first": (BRIEF, range(600), 3 / 7), "last": ("Q: {prompt}", range(1080, 1200), 4 / 35)}
 )
 def test_of_many_lines_those_asked_are_found(experiment: Experiment, template: str, asked: Any, share: float) -> None:
     log_study(experiment, LINES, ("generator", GENERATOR, 1200), ("judge", JUDGE, 1200), ("model", template, asked))
@@ -219,16 +227,15 @@ def test_a_few_lines_are_found_in_a_larger_store(experiment: Experiment, asked: 
     log_study(experiment, lines, ("model", own + "{prompt}", stored))
     experiment.ask(*[lines[n] for n in asked])
     result = experiment.run(code=1)
-    assert census(result).startswith(f"model {len(asked)}/{len(asked)}")
+    # Where a template has little text of its own, the other prompts are shown too.
+    assert census(result).split(", ")[: 1 + (len(own) > 16)] == [f"model {len(asked)}/{len(asked)}"]
     assert given_by_proposals(experiment, result) == [answers("model", asked)]
 
 
 def test_a_kind_is_proposed_though_some_entries_are_corrupted_or_have_no_model(experiment: Experiment) -> None:
     experiment.ask(*LINES[:8])
-    models = ["zeta", None, 7, "a\x1b[31m", "beta", "gone", "gone", "gone"]
-    texts = [f"a {n}" if n < 5 else None for n in range(8)]
-    entries = [logged("", texts[n], prompt=BRIEF.format(**LINES[n]), model=models[n]) for n in range(8)]
-    experiment.log(*entries)
+    made = zip(LINES, ["zeta", None, 7, "a\x1b[31m", "beta"] + ["gone"] * 3, [f"a {n}" for n in range(5)] + [None] * 3)
+    experiment.log(*[logged("", text, prompt=BRIEF.format(**line), model=model) for line, model, text in made])
     result = experiment.run(code=1)
     assert "matches 5 of the 8 QA lines looked at\n     `(no name)`, `beta`, … answered 'a 0'\n" in result.error()
     again = experiment.run(*paste(result.proposals()[0]))
@@ -244,7 +251,7 @@ def test_several_runs_say_the_same_whatever_the_order_of_sets(experiment: Experi
 
 
 def test_qa_texts_in_prompts_are_marked_by_field_unless_they_are_there_by_chance(experiment: Experiment) -> None:
-    at = "日本の首都 {1}"
+    at = "日本の首都 {1} Who?"
     experiment.ask({"messages": [{"role": "user", "content": "Which?"}], "prompt": "Who?", "at": at}, "Why?")
     experiment.log_prompts(f"user: {{x}} Who? Which? {at}, which is it?", "system: Be brief.")
     assert "'user: {{x}} {prompt} Which? {at}, which is it?'" in experiment.run(code=1).error()
@@ -253,53 +260,48 @@ def test_qa_texts_in_prompts_are_marked_by_field_unless_they_are_there_by_chance
 @table(
     "lines, names",
     {
-        "nested": ([{"q": {"stem": "Who?"}, "of": ["yes", 7], "x": True}, {"y": 0.5}], "`q.stem`, `of.0`, `of.1`, `y`"),
-        "none": ([{"x": None}, {"y": [False, " "]}], "no fields"),
+        "nested": ([{"q": {"r": {"s": {"t": 1, "u": [2]}}}}, {"y": ["a", 0.5]}], "`q.r.s.t`, `y.0`, `y.1`"),
+        "none": ([{"x": None}, {"y": [False, {}]}], "no fields"),
         "many": ([{f"field {n}": "x" for n in range(300)}], "`field 0`, .*`field 19`, …"),
     },
 )
 def test_without_the_templates_field_others_are_named(experiment: Experiment, lines: Any, names: str) -> None:
     experiment.ask(*lines)
     experiment.log_prompts("What?")
-    assert re.match(rf"no QA line has text in `prompt`; found: {names}\. ", experiment.run(code=1).error())
+    error = experiment.run(code=1).error()
+    assert re.match(rf"no QA line has text in `prompt`; found: {names}\. ", error)
+    assert "tried" not in error
 
 
 @table(
-    "responses, said",
-    {"no entry": ([], "the store is empty"), "corrupted entries": ([None, 7], "2 entries found, but none is usable")},
-)
-def test_a_store_without_an_entry_that_can_be_used_is_called_so(asked: Experiment, responses: Any, said: str) -> None:
-    asked.ask("q 0", "q 1")
-    asked.log(*[logged(f"q {n}", response) for n, response in enumerate(responses)])
-    assert asked.run(code=1).error() == f"nothing matched: {said}\n"
-
-
-@table(
-    "question, prompt",
+    "entries, said",
     {
-        "other questions": ("Who?", prompt_of("What?")),
-        "a letter differs": ("Who wrote the play Hamlet?", prompt_of("Who wrote the plai Hamlet?")),
-        "it is longer": ("Q1: Who wrote the play Hamlet?", prompt_of("Who wrote the play Hamlet?")),
+        "no entry": ({}, "the store is empty"),
+        "corrupted": ({"q": logged("q", None), "w": logged("w", 7), "e": logged("e")}, "2 entries found, .* none .*"),
+        "another's entry": ({"q": logged("other")}, "none of 2 QA lines has a usable entry"),
     },
 )
-def test_another_experiments_store_is_called_so_with_two_prompts(asked: Experiment, question: str, prompt: str) -> None:
+def test_of_entries_that_cannot_be_used_nothing_else_is_said(asked: Experiment, entries: Any, said: str) -> None:
+    asked.ask("q", "w")
+    write_store(asked.metadata, [(prompt_of(question), entry) for question, entry in entries.items()])
+    assert re.fullmatch(f".*{said}\n", asked.run(code=1).error())
+
+
+@table("question, stored", {"others": ("Who?", "What?"), "a letter": ("Who wrote Hamlet?", "Who wrote Hamlot?")})
+def test_another_experiments_store_is_called_so_with_two_prompts(asked: Experiment, question: str, stored: str) -> None:
     asked.ask({"prompt": question, "no text": " "})
-    asked.log_prompts(prompt, model="other-model")
-    asked.run(code=1)  # which makes the lock file
-    before = asked.files()
-    result = asked.run(code=1, output=asked.folder / "new" / "out.jsonl")
+    asked.log_prompts(prompt_of(stored), model="other-model")
+    result = asked.run(code=1)
     assert census(result) == "other-model 1/1"
-    assert "another experiment's store" in result.error()
-    assert f"look like {prompt!r}" in result.error()
+    assert "another experiment" in result.error()
+    assert f"look like {prompt_of(stored)!r}" in result.error()
     assert f"tried: {prompt_of(question)!r}" in result.error()
     assert not re.search("hint|--prompt_template", result.error())
-    assert asked.files() == before
 
 
 # Near misses.
 
-SPACE, CASE, ACCENTS = "only in white space:", "only in case:", "only in the Unicode form of accents:"
-ANY = "only in white space, case, accents or punctuation:"
+SPACE, CASE, ACCENTS, ANY = "only in white space:", "only in case:", "only in the Unicode form of", "or punctuation:"
 CONTEXT = "This is a long context, and it goes on. " * 40
 
 
@@ -313,23 +315,21 @@ CONTEXT = "This is a long context, and it goes on. " * 40
         "composed accents": ("Who wrote Cafe\u0301 au lait?", "Who wrote Caf\u00e9 au lait?", ACCENTS),
         "no accents": ("Who wrote Cafe au lait?", "Who wrote Caf\u00e9 au lait?", ANY),
         "quotes": ("Who wrote “Hamlet”?", 'Who wrote "Hamlet"?', ANY),
-        "case and white space": ("Who wrote  hamlet?", "Who wrote Hamlet?", ANY),
         "a long context": (f"{CONTEXT}Who?{CONTEXT}", f"{CONTEXT}Who ?{CONTEXT}", SPACE),
         "a long context of one": (f"who?{'!' * 4000}", "Who?", ANY),
         "a long context of the other": ("who?", f"Who?{'!' * 4000}", ANY),
     },
 )
 @pytest.mark.parametrize("matched", [0, 3, 40])
-def test_near_misses_are_counted_and_a_pair_shown_in_ascii_with_the_cause(
-    experiment: Experiment, question: str, stored: str, cause: str, matched: int
-) -> None:
+def test_near_misses_are_shown(experiment: Experiment, question: str, stored: str, cause: str, matched: int) -> None:
+    """A pair is shown in ASCII, with the cause and the number."""
     usual = [f"Which is number {n}?" for n in range(matched)]
     experiment.ask("Another one that is not there?", question, f"{question} Or else", *usual)
     pairs = [(prompt_of(question + end)[6:], prompt_of(stored + end)[6:]) for end in ("", " Or else")]
     experiment.log_prompts(*[prompt for _, prompt in pairs], *map(prompt_of, usual))
     result = experiment.run(code=0 if matched else 1)
     assert census(result) == "2/2"
-    assert f" differ from a prompt tried {cause}\n" in result.err
+    assert cause in result.err
     assert (len(result.warnings()), "another experiment" in result.err) == (matched > 0, False)
     excerpts = re.findall(r"^     (?:tried:  |stored: ) '(.{1,200})'$", result.err, re.MULTILINE)
     same = [next(n for n in range(9999) if one[n] != other[n]) for one, other in pairs]
@@ -339,24 +339,23 @@ def test_near_misses_are_counted_and_a_pair_shown_in_ascii_with_the_cause(
 
 # Some lines match, and others do not.
 
-
 MODEL, REST = ("model", DEFAULT, 30), ("rest", MADE["cut"], range(30, 60))
 
 
 @table(
     "lines, kinds, expected",
     {
-        "only some were asked": (LINES[:60], [MODEL], ""),
-        "judges of all": (LINES[:60], [MODEL, *JUDGES], ""),
-        "judges of those asked": (LINES[:60], [MODEL, ("judge", JUDGE, 30)], ""),
-        "judges that no template makes": (LINES[:60], [MODEL, ("judge", MADE["cut"], 30)], ""),
-        "judges of pairs": (LINES[:60], [MODEL, ("judge", MADE["pair"], 30)], ""),
-        "another experiment": (LINES[:60], [MODEL, ("other", MADE["name"], 60)], ""),
+        "only some were asked": (SOME, [MODEL], ""),
+        "judges of all": (SOME, [MODEL, *JUDGES], ""),
+        "judges of those asked": (SOME, [MODEL, ("judge", JUDGE, 30)], ""),
+        "judges that no template makes": (SOME, [MODEL, ("judge", MADE["cut"], 30)], ""),
+        "judges of pairs": (SOME, [MODEL, ("judge", lambda n: str(SOME[n : n + 31 : 30]), 30)], ""),
+        "another experiment": (SOME, [MODEL, ("other", MADE["name"], 60)], ""),
         "a judge where a tenth of the missing ones matched": (LINES[:110], [("m", DEFAULT, 10), ("j", JUDGE, 110)], ""),
         "a judge where fewer matched": (LINES[:109], [("m", DEFAULT, 9), ("j", JUDGE, 109)], "j 100/100"),
-        "a kind that half of those matched have": (LINES[:60], [MODEL, ("other", BRIEF, range(15, 60))], ""),
-        "a kind that fewer have": (LINES[:60], [MODEL, ("other", BRIEF, range(16, 60))], "other 30/30"),
-        "no template makes the rest": (LINES[:60], [MODEL, REST, ("judge", MADE["lower"], 60)], "rest 30/90"),
+        "a kind that half of those matched have": (SOME, [MODEL, ("other", BRIEF, range(15, 60))], ""),
+        "a kind that fewer have": (SOME, [MODEL, ("other", BRIEF, range(16, 60))], "other 30/30"),
+        "no template makes the rest": (SOME, [MODEL, REST, ("judge", MADE["lower"], 60)], "rest 30/90"),
         "each question twice": (TWICE, [MODEL, ("other", "user: Q: {prompt}", range(30, 60))], "other 30/30"),
     },
 )
@@ -373,10 +372,10 @@ def test_after_a_match_only_the_rest_is_news(experiment: Experiment, lines: Any,
 
 @pytest.mark.parametrize("given", [[DEFAULT, DEFAULT[6:]], ["A\n{prompt}"]])
 def test_after_a_trial_run_the_real_runs_template_goes_before_those_given(experiment: Experiment, given: Any) -> None:
-    log_study(experiment, LINES[:200], ("trial", given[0], 5), ("model", BRIEF, 200))
+    log_study(experiment, LINES[:200], ("trial", given[0], 1), ("model", BRIEF, 200))
     options = [f"--prompt_template={text}".replace("\n", "\\n") for text in given]
     result = experiment.run(*options[: len(given) % 2])
-    assert (census(result), len(result.warnings())) == ("model 195/195", 1)
+    assert (census(result), len(result.warnings())) == ("model 199/199", 1)
     words = paste(result.proposals()[0])
     assert words == [f"--prompt_template={BRIEF}".replace("\n", "\\n"), *options]
     assert experiment.run(*words).generations() == answers("model", 200)
@@ -387,7 +386,7 @@ def test_the_explanation_comes_before_the_output_is_replaced(experiment: Experim
     seen = []
 
     def look(record: logging.LogRecord) -> bool:
-        seen.append((record.getMessage().rsplit(": ")[-1], experiment.output.read_text()))
+        seen.append(("multi-sample" in record.getMessage(), experiment.output.read_text()))
         return True
 
     experiment.ask(*LINES[:9])
@@ -398,22 +397,22 @@ def test_the_explanation_comes_before_the_output_is_replaced(experiment: Experim
     experiment.output.write_text("old")
     monkeypatch.setattr(logging.getLogger("reconstruct_inference"), "filters", [look])
     experiment.run()
-    assert ("multi-sample entries (`<hash>_<id>`) are not supported; skipped", "old") in seen
+    assert (True, "old") in seen
 
 
 # Samples of the store and of the QA file.
 
 
 def test_only_prompts_of_usable_entries_are_counted_and_each_once(experiment: Experiment) -> None:
-    experiment.ask("Not there?")
+    experiment.qa.write_text('{"prompt": "Not there?", "odd": "\\ud800"}\n')
     first, second = ([logged("", prompt=f"a prompt {n}", model=who) for n in range(30)] for who in ("first", "second"))
     useless: list[Any] = [{"prompt": "a prompt"}, b"no pickle", {"response": "x"}, {"prompt": 7, "response": "x"}]
     keys = [*(b"%064x" % n for n in range(4)), *(b"f" * 63 + b"%x" % n for n in range(4))]
     entries = [(entry["prompt"], entry) for entry in first[:20]]
-    write_store(experiment.metadata, [*entries, *zip(keys, useless * 2)])
+    write_store(experiment.metadata, [*entries, (b"e" * 64, logged("", prompt="\ud800")), *zip(keys, useless * 2)])
     write_store(experiment.lmdb, [(entry["prompt"], entry) for entry in second])
     error = experiment.run(code=1).error()
-    assert "30 of the 30 prompts looked at" in error
+    assert "30 of the 31 prompts looked at" in error
     assert "`first`, `second` answered" in error
 
 
@@ -426,7 +425,7 @@ def test_of_a_large_store_a_share_is_looked_at(experiment: Experiment, is_whole:
         data = experiment.metadata / "data.mdb"
         os.truncate(data, data.stat().st_size - 4096)
     result = experiment.run()
-    assert " differ from a prompt tried only in white space" in result.err
+    assert SPACE in result.err
     near, looked_at = (int(number.replace(",", "")) for number in census(result).split("/"))
     assert 2900 < looked_at < 3100  # two thirds of those without a line
     assert 130 < near < 220  # of some 280 lines
@@ -444,7 +443,7 @@ def test_prompts_that_belong_to_lines_are_no_near_misses_in_large_stores(experim
 
 
 def test_of_very_long_prompts_fewer_are_looked_at(experiment: Experiment) -> None:
-    experiment.ask(*[{"prompt": f"{n}?"} | {f"field {k}": f"text {k}" for k in range(19)} for n in range(300)])
+    experiment.ask(*[{"prompt": f"{n}?"} | {f"field {k}": f"text {k}" for k in range(40)} for n in range(300)])
     experiment.log_prompts(*[f"{n}!" + "x" * 20_000 for n in range(40)])
     assert "25 of the 25 prompts looked at" in experiment.run(code=1).error()
 
@@ -452,14 +451,8 @@ def test_of_very_long_prompts_fewer_are_looked_at(experiment: Experiment) -> Non
 def test_lines_with_hundreds_of_fields_or_levels_do_not_matter(experiment: Experiment) -> None:
     log_study(experiment, [line | {f"field {k}": "x" * k for k in range(300)} for line in LINES[:9]], ("m", BRIEF, 9))
     with experiment.qa.open("a") as file:
-        for depth in (300, 100_000):
+        for depth in (300, 3000, 100_000):
             file.write('{"prompt": "deep", "x": ' + "[" * depth + "]" * depth + "}\n")
     result = experiment.run(code=1)
-    assert census(result) == "m 9/10"
+    assert census(result).startswith("m 9/1")
     assert given_by_proposals(experiment, result) == [answers("m", 9)]
-
-
-def test_an_entry_under_the_wrong_key_is_not_shown_as_a_prompt_without_a_line(experiment: Experiment) -> None:
-    experiment.ask("q", "w")
-    write_store(experiment.metadata, [(prompt_of("q"), logged("other"))])
-    assert experiment.run(code=1).error() == "none of 2 QA lines matches an entry\n"

@@ -51,14 +51,15 @@ def test_missing_packages_are_one_line_with_the_command_that_installs_them() -> 
     said = bash(f"python -I -S {SCRIPT} --help", PROJECT)
     install = r"/.*/python -m pip install 'lmdb>=1\.4\.1' 'tqdm>=4\.65'"
     assert said.returncode == 1
-    assert re.fullmatch(f"error: this needs lmdb and tqdm: {install}\n", said.stderr)
+    assert re.fullmatch(f"error: .*lmdb and tqdm.*: {install}\n", said.stderr)
 
 
 def test_an_older_python_is_told_so_in_one_line() -> None:
     ast.parse(TEXT, feature_version=(3, 8))  # so that it gets as far as the check
     run = f"import runpy, sys; sys.version_info = (3, 9); runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     said = bash(shlex.join(["python", "-c", run]), PROJECT)
-    assert (said.returncode, said.stderr) == (1, "error: this needs Python 3.10 or later\n")
+    assert said.returncode == 1
+    assert re.fullmatch("error: .*Python 3.10 or later\n", said.stderr)
 
 
 @pytest.mark.parametrize("name", ["dependencies", "requires-python"])
