@@ -383,7 +383,7 @@ def exit_on_stop_signals() -> None:
 def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
     """Runs a function in a child process. Returns its JSON result, or None if it fails."""
     shared = mmap.mmap(-1, mmap.PAGESIZE)  # memory that both processes see
-    # Signals wait until the child has its own handlers. The parent's would clean up for the parent.
+    # Signals wait until the child has its own handlers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with warnings.catch_warnings():
@@ -519,7 +519,7 @@ def look_up_every_entry(scan: Any, lookup: Any, advance: Callable[[int], object]
     for key in itertools.islice(scan.cursor().iternext(values=False), claimed + 1):  # a damaged tree has no end
         keys += 1
         if not key or (len(key) == 64 and key.translate(None, b"0123456789abcdef")):
-            raise ValueError("a key is damaged")  # the end of a page that was cut reads as zeros
+            raise ValueError("a key is damaged")  # what was cut off a page reads as zeros
         if len(key) == 64:
             entries += 1
             value = lookup.get(key)
@@ -832,7 +832,7 @@ def open_output(path: str) -> Iterator[BinaryIO]:
     """Opens a pipe, or a temporary file that replaces the output once it is complete."""
     try:
         if path == "/dev/stdout" or (os.path.exists(path) and not os.path.isfile(path)):
-            # Opening /dev/stdout would truncate a file that the shell opened with `>>`.
+            # Opening /dev/stdout would truncate what the shell opened with `>>`.
             with open(os.dup(1) if path == "/dev/stdout" else path, "wb", buffering=BUFFER_SIZE) as file:
                 yield file
             return
@@ -854,8 +854,8 @@ def open_output(path: str) -> Iterator[BinaryIO]:
 
 
 # --- Missing entries ---
-# Takes a census of the prompts in the store. Servers also log what made the questions or judged the
-# answers, so the user has to choose: a template that matches may be a judge's.
+# Takes a census of the prompts in the store. Servers also log what made questions or judged answers,
+# so the user has to choose: a template that matches may be a judge's.
 
 SEARCH_BUDGET = 3_000_000_000  # characters to compare, about two seconds
 MAX_TEXTS = 20  # to look for, of each QA line
@@ -952,7 +952,7 @@ def is_of_kind(prompt: str, kind: Kind, join: Join) -> bool:
         fits = fits and own_text in rest
         rest = rest[rest.find(own_text) + len(own_text) :]
     fits = fits and rest.endswith(kind.template.tail)
-    # A few characters fit other kinds, too. But if not all lines are looked at, it is all there is.
+    # A few characters fit other kinds, too. But without all lines, there is no better sign.
     may_fit = own_length >= TELLING_SIZE or join.unmatched_count > len(join.unmatched_sample)
     return prompt in kind.entries or (may_fit and fits)
 
@@ -980,7 +980,7 @@ def unexplained(best_texts: dict[str, Texts], kinds: list[Kind], join: Join) -> 
     matched_texts = {text for qa in join.matched_sample for name, text in texts_of(qa) if name in names}
     for prompt, texts in best_texts.items():
         texts = {n: t for n, t in texts.items() if n in names or len(t.encode(errors="replace")) >= TELLING_SIZE}
-        # After a match, only a prompt with an unmatched question counts. One with a matched question is a judge's.
+        # After a match, only prompts with unmatched questions count. Those with matched ones are a judge's.
         if matched_texts and (not texts.keys() & names or any(text in prompt for text in matched_texts)):
             continue
         if not any(is_of_kind(prompt, kind, join) for kind in kinds):

@@ -71,7 +71,7 @@ def census(result: Result) -> str:
     """The kinds of prompts that are shown, in short: "model 2/9" for 2 of the 9 looked at that model answered."""
     form = r"^  \d\. (?:.* )?([\d,]+) of the ([\d,]+) (?:QA lines|prompts) looked at.*(?:\n     `(.+)` answered '.+')?$"
     kinds = [f"{who} {part}/{whole}".strip() for part, whole, who in re.findall(form, result.err, re.MULTILINE)]
-    assert len(kinds) == len(re.findall(r"^  \d\. ", result.err, re.MULTILINE))
+    assert [len(line) < 250 for line in result.err.splitlines() if re.match(r"  \d\. ", line)] == [True] * len(kinds)
     return ", ".join(kinds)
 
 
@@ -92,7 +92,6 @@ TEXTS += ["Which of these is a fruit?\n1) stone\n2) pear", "A question with \"qu
     {
         "nothing but the question": ({"prompt": "Q?"}, "Q?"),
         "questions in another field": ({"prompt": ["no text"], "question": "Q?"}, prompt_of("Q?")),
-        "prompts that are formatted already": ({"prompt": prompt_of("Q?")}, prompt_of("Q?")),
         "a template with non-ASCII text": ({"prompt": "Q?"}, "ユーザー: «Q?»\u2028\u00a0→"),
         "shell characters": ({"prompt": "Q?"}, """'{"q": "it's Q?"}' $HOME `ls` !! \\n \\\\" %d{prompt}}"""),
         "a dash and control characters": ({"prompt": "Q?"}, "-n 'Q?'\\\t\r\x1b[31m\x07a «é»"),
@@ -140,15 +139,18 @@ MADE: dict[str, Callable[[int], str]] = {
     "cut": lambda n: f"user: Read this: {LINES[n]['reference'][: 30 + n % 3]}…\n{LINES[n]['prompt']}",
     "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} Briefly:",
     "name": lambda n: f"{random_name(n + 5000)}, {n}\nWhat is to be known of them?",
+    "book": lambda n: f"In one book, {random_name(n + 5000)} Answer:",
+    "page": lambda n: f"On one page, {random_name(n + 5000)} Answer:",
 }
 JUDGES = [("generator", GENERATOR, 60), ("judge", JUDGE, 60)]
 LATE_JUDGE, LATE_MODEL = ("judge", JUDGE[6:], 60), ("model", BRIEF[6:], 50)
 SMALL_KINDS = [("a", "A {prompt}", 9), ("b", "B {prompt}", 20), ("c", "C {title}", range(10, 20))]
-GROUPS = [(who, lambda n, who=who: who * 12 + random_name(n), n) for who, n in {"x": 10, "y": 12, "z": 11}.items()]
+DOUBLE = "user: {title} -and now- {prompt} -and now- {answer}"
+ONCE = ("once", lambda n: f"user: {SOME[n]['prompt'].lower()} -and now- {n}", 50)
+ALIKE = [("m", DOUBLE, 60), ("front", lambda n: random_name(n + 5000) + DOUBLE.format(**SOME[n]), 40), ONCE]
 TWICE = [{**LINES[n // 2], "note": f"note {n}"} for n in range(60)]
-LETTERS = [{"blank": " ", "x": "ver" if n == 50 else "facts"[n % 5], **line} for n, line in enumerate(SOME)]
-SHORT = ["3 + 3", "3 + 33", "33 + 3", "art", "tar", "star", "start", "a", "an", "水", "木", "水木", "👩", "👩‍🚀"]
-WORDS = [{"prompt": text} for text in SHORT]
+LETTERS = [{"blank": " ", "x": "brief" if n == 50 else "facts"[n % 5], **line} for n, line in enumerate(SOME)]
+WORDS = [{"prompt": text} for text in ["3+3", "3+33", "art", "tar", "star", "a", "水", "木", "水木", "👩", "👩‍🚀"]]
 NUMBERS = [{"prompt": str(n), "note": "answer this in one word" if n == 17 else ""} for n in range(120)]
 TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(LINES[:9])]
 NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line in enumerate(SOME)]
@@ -164,7 +166,7 @@ NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line i
         "one of 200 asked": (LINES[:200], [("model", BRIEF, [77])], "model 1/200"),
         "300 lines": (LINES[:300], [("model", BRIEF, range(100, 300))], "model 200/300"),
         "nested": (NESTED, [("model", "user: Q: {q[stem]} ({of[1]})", 60)], "model 60/60"),
-        "short texts": (WORDS, [("model", "user: What is {prompt}? Be brief.", 14)], "model 14/14"),
+        "short texts": (WORDS, [("model", "user: What is {prompt}? Be brief.", 11)], "model 11/11"),
         "a QA text in the template": (NUMBERS, [("model", "answer this in one word: {prompt}", 120)], "model 120/120"),
         "no other text": (SOME, [("a", "{prompt}", 60), ("b", MADE["options"], 50)], "a 60/60, b 50/110"),
         "options": (SOME, [LATE_JUDGE, ("model", MADE["options"], 50)], "judge 60/60, model 50/110"),
@@ -173,14 +175,20 @@ NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line i
         "an index first": (LINES, [("model", lambda n: f"[{n}] AND SO ON (of {n})", 120)], "model 120/120"),
         "a name first": (LINES, [("model", MADE["name"], 60)], "model 60/60"),
         "names first": (LINES, [("model", lambda n: f"{MADE['name'](n // 3)} It is {n}.", 60)], "model 60/60"),
-        "a few names first": (LINES, [("model", MADE["name"], 5)], "model 5/5"),
         "a name last": (LINES, [("model", lambda n: f"What is known of {random_name(n)}", 60)], "model 60/60"),
         "a title first": (SOME, [("m", lambda n: f"{SOME[n]['title']}, then {random_name(-n)}", 60)], "m 60/60"),
-        "the largest groups": (LINES, GROUPS, "y 12/33, z 11/33"),
-        "rare": (LINES[:300], [("model", BRIEF, [7, 8]), ("odd", MADE["options"], 300)], "model 2/300, odd 300/302"),
+        "two groups": (
+            SOME,
+            [("x", MADE["book"], 9), ("y", MADE["lower"], 7), ("z", MADE["name"], 8)],
+            "x 9/24, z 8/24",
+        ),
+        "rare": (LINES[:300], [("model", BRIEF, [0, 9]), ("odd", MADE["options"], 300)], "model 2/300, odd 300/302"),
         "letters": (LETTERS, [("model", "user: Give facts of {title}: {prompt}", 50)], "model 50/60"),
         "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 8])], "model 2/60, generator 60/60, judge 60/60"),
-        "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
+        "first notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
+        "last notes": (TWICE, [("model", "{prompt} ({note})", range(1, 60, 2))], "model 30/60"),
+        "the same end": (SOME, [("x", MADE["book"], 12), ("y", MADE["page"], 10)], "x 12/22, y 10/22"),
+        "much alike": (SOME, ALIKE, "m 60/60, once 50/150, front 40/150"),
         "a prompt by chance": (TOWNS, [("x", lambda n: "Is it town 0?", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
         "one for all lines": (TOWNS, [("x", lambda n: "Answer in en.", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
     },
@@ -287,7 +295,7 @@ def test_of_entries_that_cannot_be_used_nothing_else_is_said(asked: Experiment, 
     assert re.fullmatch(f".*{said}\n", asked.run(code=1).error())
 
 
-@table("question, stored", {"others": ("Who?", "What?"), "a letter": ("Who wrote Hamlet?", "Who wrote Hamlot?")})
+@table("question, stored", {"no text": (" ", "What?"), "a letter": ("Who wrote Hamlet?", "Who wrote Hamlot?")})
 def test_another_experiments_store_is_called_so_with_two_prompts(asked: Experiment, question: str, stored: str) -> None:
     asked.ask({"prompt": question, "no text": " "})
     asked.log_prompts(prompt_of(stored), model="other-model")
@@ -375,7 +383,8 @@ def test_after_a_trial_run_the_real_runs_template_goes_before_those_given(experi
     log_study(experiment, LINES[:200], ("trial", given[0], 1), ("model", BRIEF, 200))
     options = [f"--prompt_template={text}".replace("\n", "\\n") for text in given]
     result = experiment.run(*options[: len(given) % 2])
-    assert (census(result), len(result.warnings())) == ("model 199/199", 1)
+    assert census(result) == "model 199/199"
+    assert [warning[:10] for warning in result.warnings()] == ["199 of 200"]
     words = paste(result.proposals()[0])
     assert words == [f"--prompt_template={BRIEF}".replace("\n", "\\n"), *options]
     assert experiment.run(*words).generations() == answers("model", 200)
@@ -400,9 +409,6 @@ def test_the_explanation_comes_before_the_output_is_replaced(experiment: Experim
     assert (True, "old") in seen
 
 
-# Samples of the store and of the QA file.
-
-
 def test_only_prompts_of_usable_entries_are_counted_and_each_once(experiment: Experiment) -> None:
     experiment.qa.write_text('{"prompt": "Not there?", "odd": "\\ud800"}\n')
     first, second = ([logged("", prompt=f"a prompt {n}", model=who) for n in range(30)] for who in ("first", "second"))
@@ -422,10 +428,8 @@ def test_of_a_large_store_a_share_is_looked_at(experiment: Experiment, is_whole:
     experiment.log(*map(logged, texts))
     experiment.ask(*texts[:4500], *[f"{text} " for text in texts[4500:]])
     if not is_whole:
-        data = experiment.metadata / "data.mdb"
-        os.truncate(data, data.stat().st_size - 4096)
+        os.truncate(data := experiment.metadata / "data.mdb", data.stat().st_size - 4096)
     result = experiment.run()
-    assert SPACE in result.err
     near, looked_at = (int(number.replace(",", "")) for number in census(result).split("/"))
     assert 2900 < looked_at < 3100  # two thirds of those without a line
     assert 130 < near < 220  # of some 280 lines

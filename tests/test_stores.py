@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
-import io
 import json
 import os
 import pickle
@@ -18,9 +16,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import helpers
 import lmdb
@@ -32,7 +30,7 @@ from reconstruct_inference import ReconstructionError, reconstruct_inference
 PAGE = 4096
 QUESTIONS = [f"question {n}" for n in range(120)]
 # Short, middling and long responses: on leaf pages, on one overflow page, and on several.
-ENTRIES = [logged(q, f" response {n}" + " and so on" * (n % 6) ** 4) for n, q in enumerate(QUESTIONS)]
+ENTRIES = [logged(q, f" response {n}" + " and so on" * (n // 20) ** 4) for n, q in enumerate(QUESTIONS)]
 ENTRIES.append(ENTRIES[-1])  # so that the header of the commit before has as many
 ANSWERS = {question: entry["response"] for question, entry in zip(QUESTIONS, ENTRIES)}
 GOOD = logged("q")
@@ -54,7 +52,9 @@ def alone(experiment: Experiment) -> Experiment:
 
 @pytest.fixture
 def both(alone: Experiment) -> Experiment:
-    alone.log_activations(*ENTRIES)
+    write_store(
+        alone.lmdb, [(entry["prompt"], {"data": {**entry, "timestamp": None}}) for entry in ENTRIES], sync=False
+    )
     return alone
 
 
@@ -62,29 +62,13 @@ def answers(result: Result) -> dict[str, str]:
     return {line["prompt"]: line["generation"] for line in result.lines}
 
 
-def entries(result: Result) -> dict[str, tuple[int, int]]:
-    """For each store in the summary, how many entries it has, and how many are lost."""
-    found = re.findall(r"^entries: (\d+) in .*/(\S+)(?: \((\d+) of \d+ lost\))?$", result.err, re.MULTILINE)
-    return {name: (int(number), int(lost or 0)) for number, name, lost in found}
-
-
 def whole_in(store: Path) -> dict[str, str]:
     """The answers whose entries lie whole in a store's file, whatever leads to them."""
     content = (store / "data.mdb").read_bytes()
-    return {
-        question: ANSWERS[question] for question, entry in zip(QUESTIONS, ENTRIES) if pickle.dumps(entry) in content
-    }
+    return {q: ANSWERS[q] for q, entry in zip(QUESTIONS, ENTRIES) if pickle.dumps(entry) in content}
 
 
-DAMAGES = [
-    "bytes flipped",
-    "pages swapped",
-    "pages zeroed",
-    "pages of noise",
-    "end cut off",
-    "header ruined",
-    "no header",
-]
+DAMAGES = "bytes flipped,pages swapped,pages zeroed,pages of noise,end cut off,header ruined,no header".split(",")
 
 
 def damage_store(store: Path, damage: str, seed: int = 0) -> None:
@@ -122,7 +106,6 @@ def change(store: Path, before: bytes, after: bytes) -> None:
         "its path": ("p", {"p_metadata": "q", "p": "qw"}, ["p_metadata", "p"]),
         "its path, one store inside the other": ("p", {"p": "qw", "p/_metadata": "q"}, ["p/_metadata", "p"]),
         "a slash at the end": ("p/", {"p": "qw", "p/_metadata": "q"}, ["p/_metadata", "p"]),
-        "a slash, no store inside": ("p/", {"p": "qw", "p_metadata": "q"}, ["p_metadata", "p"]),
         "its path, another run's store inside": ("p", {"p_metadata": "q", "p/_metadata": "qw"}, ["p_metadata"]),
         "a slash, another run's store beside": ("p/", {"p_metadata": "qw", "p/_metadata": "q"}, ["p/_metadata"]),
         "the metadata store": ("p_metadata/", {"p_metadata": "q", "p": "qw"}, ["p_metadata", "p"]),
@@ -135,7 +118,7 @@ def change(store: Path, before: bytes, after: bytes) -> None:
     },
 )
 def test_the_stores_are_found_from(
-    experiment: Experiment, monkeypatch: Any, typed: str, stores: dict[str, str], answering: list[str]
+    experiment: Experiment, monkeypatch: Any, typed: str, stores: Any, answering: Any
 ) -> None:
     experiment.ask("q", "w")
     (experiment.folder / "here" / "p").mkdir(parents=True)
@@ -156,27 +139,24 @@ def test_stores_that_are_single_files_are_read_and_their_lock_files_kept(asked: 
 
 
 @table(
-    "in_metadata, in_activations, damage, is_opened, warnings",
+    "metadata, activations, damage",
     {
-        "nothing is missing": (120, 120, "no header", False, 0),
-        "it has as many": (100, 100, "", False, 0),
-        "it is damaged and had as many": (100, 100, "pages of noise", False, 0),
-        "it has more": (100, 120, "", True, 0),
-        "it is damaged and cannot say how many it had": (5, 120, "no header", True, 2),
+        "nothing is missing": (120, 120, "no header"),
+        "it has as many": (100, 100, ""),
+        "it is damaged and had as many": (100, 100, "pages of noise"),
+        "it has one more": (100, 101, ""),
+        "it is damaged and cannot say how many it had": (5, 120, "no header"),
     },
 )
-def test_the_activations_store_is_opened_only_if_it_may_have_what_is_missing(
-    experiment: Experiment, in_metadata: int, in_activations: int, damage: str, is_opened: bool, warnings: int
-) -> None:
+def test_activations_are_opened_only_if_need_be(experiment: Any, metadata: int, activations: int, damage: str) -> None:
     experiment.ask(*QUESTIONS)
-    log_first(experiment.metadata, in_metadata)
-    log_first(experiment.lmdb, in_activations)
-    if damage:
-        damage_store(experiment.lmdb, damage)
+    log_first(experiment.metadata, metadata)
+    log_first(experiment.lmdb, activations)
+    damage_store(experiment.lmdb, damage)
     result = experiment.run()
-    assert ("a.lmdb" in entries(result)) == is_opened
-    assert (len(result.lines) > in_metadata) == is_opened
-    assert [str(experiment.lmdb) in warning for warning in result.warnings()] == [True] * warnings
+    assert len(result.lines) == activations
+    assert (f" in {experiment.lmdb}\n" in result.err) == (activations > metadata)
+    assert [str(experiment.lmdb) in warning for warning in result.warnings()] == [True] * 2 * (metadata == 5)
 
 
 def test_a_corrupted_entry_is_replaced_from_the_activations_store_or_counted_once(experiment: Experiment) -> None:
@@ -188,21 +168,17 @@ def test_a_corrupted_entry_is_replaced_from_the_activations_store_or_counted_onc
     assert result.counts() == {"QA lines": 4, "matched": 2, "corrupted": 2}
 
 
-@table("damage, seed", {f"{damage} {seed}": (damage, seed) for damage in DAMAGES for seed in range(3)})
-def test_damage_loses_nothing_that_lies_whole_in_the_file_or_in_the_activations_store(
-    both: Experiment, damage: str, seed: int
-) -> None:
+@table("damage, seed", {f"{damage} {seed}": (damage, seed) for damage in DAMAGES for seed in (1, 2)})
+def test_damage_loses_nothing_that_is_whole_in_either_store(both: Experiment, damage: str, seed: int) -> None:
     damage_store(both.metadata, damage, seed)
     whole, before = whole_in(both.metadata), both.files()
     assert list(answers(both.run())) == QUESTIONS
     changed = {Path(name).name for name, content in both.files().items() if before.get(name) != content}
     assert changed - {"lock.mdb"} == {"out.jsonl"}
     shutil.rmtree(both.lmdb)
-    names = both.files().keys()
     limits = (resource.RLIM_INFINITY,) * 2
     result = both.run_process(cwd=both.folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, limits))
-    assert both.files().keys() == names  # no core file
-    assert result.counts()["matched"] == len(result.lines)
+    assert not list(both.folder.glob("core*"))
     if damage in ("bytes flipped", "pages swapped"):  # which change letters of an answer, or move them
         assert len(whole.keys() - answers(result).keys()) <= 1  # it may be an old copy that is whole
     else:
@@ -213,8 +189,7 @@ def test_damage_loses_nothing_that_lies_whole_in_the_file_or_in_the_activations_
     "ruin",
     {
         "gone": shutil.rmtree,
-        "cut within the second page": lambda store: os.truncate((store / "data.mdb"), PAGE + 50),
-        "cut down to the header": lambda store: os.truncate((store / "data.mdb"), 2 * PAGE),
+        "cut within the second page": lambda store: os.truncate(store / "data.mdb", PAGE + 50),
         "something else": lambda store: write_store(store, [(b"setting", b"x")]),
     },
 )
@@ -226,17 +201,20 @@ def test_a_metadata_store_that_is_ruined_costs_only_the_timestamps(both: Experim
     assert str(both.metadata) in result.warnings()[0]
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
-def test_an_incomplete_copy_is_called_so_and_what_is_lost_is_counted(alone: Experiment, share: float) -> None:
+@pytest.mark.parametrize(("number", "share"), [(120, 0.25), (120, 0.5), (120, 0.9), (10, 0.85), (10, 0.9)])
+def test_an_incomplete_copy_is_called_so_and_what_is_lost_counted(alone: Experiment, number: int, share: float) -> None:
+    log_first(alone.metadata, number)
     size = (alone.metadata / "data.mdb").stat().st_size
-    os.truncate((alone.metadata / "data.mdb"), int(size * share))
+    os.truncate(alone.metadata / "data.mdb", int(size * share))
     whole, result = whole_in(alone.metadata), alone.run()
     assert answers(result) == whole
     incomplete, recovered = result.warnings()
-    for words in ("incomplete", f" {int(size * share):,} ", f" {size:,} ", " 120 entries"):
+    for words in ("incomplete", f" {int(size * share):,} ", f" {size:,} ", f" {number} entries"):
         assert words in incomplete
-    assert f": {len(whole)} entries recovered" in recovered
-    assert entries(result) == {"a.lmdb_metadata": (len(whole), 120 - len(whole))}
+    assert re.search(rf": {len(whole)} entr.* recovered", recovered)
+    assert re.search(
+        rf"^entries: {len(whole)} in .* \({number - len(whole)} of {number} lost", result.err, re.MULTILINE
+    )
 
 
 @table(
@@ -251,13 +229,12 @@ def test_an_incomplete_copy_is_called_so_and_what_is_lost_is_counted(alone: Expe
     },
 )
 def test_a_file_in_which_lmdb_would_miss_entries_is_salvaged(
-    alone: Experiment, before: bytes, after: bytes, word: str
+    alone: Any, before: bytes, after: bytes, word: str
 ) -> None:
     change(alone.metadata, before, after)
     result = alone.run()
-    assert (answers(result), entries(result)["a.lmdb_metadata"][0]) == (ANSWERS, 120)
-    assert [warning.startswith(str(alone.metadata)) for warning in result.warnings()] == [True, True]
-    assert word in result.warnings()[0]
+    assert answers(result) == ANSWERS
+    assert [word in result.warnings()[0], "120 entries" in result.warnings()[1]] == [True, True]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -274,11 +251,11 @@ def test_salvage_finds_an_entry_wherever_it_begins_and_however_long_it_is(asked:
 def test_of_several_versions_salvage_takes_the_newest_that_is_usable(asked: Experiment) -> None:
     times: list[Any] = [5.0, 9, 7.0, None, "tomorrow", True, float("nan"), float("inf"), 10**12, -20.0]
     versions = [logged("q", f"version {n}", timestamp=stamp) for n, stamp in enumerate(times)]
-    unusable = [logged("q", response=None, timestamp=99.0), logged("q", "\0" * 512, timestamp=99.0)]
-    content = [pickle.dumps(version).ljust(1500, b"\0") for version in [unusable[0], *versions, unusable[1]]]
-    (asked.metadata / "data.mdb").write_bytes(b"".join(content))
+    versions += [logged("q", response=None, timestamp=99.0), logged("q", "\0" * 512, timestamp=99.0)]
+    (asked.metadata / "data.mdb").write_bytes(b"".join(pickle.dumps(each).ljust(1500, b"\0") for each in versions))
     result = asked.run()
-    assert (result.generations(), entries(result)) == (["version 1"], {"a.lmdb_metadata": (1, 0)})
+    assert result.generations() == ["version 1"]
+    assert ": 1 entry recovered" in result.warnings()[1]
 
 
 @pytest.mark.parametrize("damage", ["", "end cut off", "no header"])
@@ -289,16 +266,13 @@ def test_a_store_of_lmdb_1_0_is_read_and_salvaged_only_if_need_be(alone: Experim
         content = (alone.metadata / "data.mdb").read_bytes()
         metas = [bytes(8) + content[page : page + PAGE - 8] for page in (0, PAGE)]
         (alone.metadata / "data.mdb").write_bytes(b"".join(metas) + content[2 * PAGE :])
-    if damage:
-        damage_store(alone.metadata, damage)
+    damage_store(alone.metadata, damage)
     result = alone.run()
     assert answers(result) == whole_in(alone.metadata)
     assert bool(result.warnings()) == bool(damage or not IS_LMDB_1)
 
 
-def test_a_block_that_the_disk_cannot_read_costs_only_the_entry_that_needs_it(
-    asked: Experiment, monkeypatch: Any
-) -> None:
+def test_a_block_that_cannot_be_read_costs_only_the_entry_that_needs_it(asked: Experiment, monkeypatch: Any) -> None:
     asked.ask("q", "w", "v")
     values = {"q": logged("q", "a" * 20_000), "w": {"data": logged("w", activations=b"b" * 99_000)}, "v": logged("v")}
     write_store(asked.metadata, [(prompt_of(question), value) for question, value in values.items()])
@@ -350,9 +324,9 @@ def test_beside_entries_multi_sample_keys_are_mentioned_and_not_counted(asked: E
     asked.ask("q", "w")
     write_store(asked.metadata, [(GOOD["prompt"], GOOD), (prompt_of("w"), b""), *SAMPLES, (b"settings", b"x")])
     result = asked.run()
-    assert (len(result.lines), entries(result)) == (1, {"a.lmdb_metadata": (2, 0)})
+    assert result.counts() == {"QA lines": 2, "matched": 1, "corrupted": 1}  # the one without a value
     assert "multi-sample" in result.warnings()[0]
-    assert result.counts()["corrupted"] == 1  # the one without a value
+    assert "entries: 2 in " in result.err
 
 
 @pytest.mark.parametrize("modes", [{"data.mdb": 0o444, "lock.mdb": 0o444, "": 0o555}, {"": 0}, {"data.mdb": 0}])
@@ -381,16 +355,14 @@ def test_a_read_only_store_is_read_and_a_closed_one_called_so(alone: Experiment,
         "a caller that ignores SIGCHLD": (None, lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN)),
     },
 )
-def test_a_store_in_a_folder_whose_name_is_not_utf_8_is_read_with(
-    experiment: Experiment, put: Any, prepare: Any
-) -> None:
+def test_a_store_whose_name_is_not_utf_8_is_read_with(experiment: Experiment, put: Any, prepare: Any) -> None:
     experiment.ask(*QUESTIONS)
     log_first(experiment.metadata, 120, map_size=1 << 36)
     (other := experiment.folder / "mine").write_text("mine")
     if put:
         (experiment.metadata / "lock.mdb").unlink()
         put(experiment.metadata / "lock.mdb", other)
-    experiment.metadata.rename(store := experiment.folder / os.fsdecode(b"caf\xe9"))
+    experiment.metadata.rename(store := experiment.folder / os.fsdecode(b"caf\xe9_metadata"))
     result = experiment.run_process(lmdb=store, preexec_fn=prepare)
     assert (answers(result), result.warnings(), other.read_text()) == (ANSWERS, [], "mine")
 
@@ -417,16 +389,7 @@ def test_values_that_are_json_objects_are_read_alike(experiment: Experiment) -> 
     assert answers(experiment.run()) == {"q": " An answer.", "w": " An answer."}
 
 
-def test_long_values_of_activations_are_not_read_into_memory(experiment: Experiment) -> None:
-    """There is memory for what the unpickler makes, `bytes` or `bytearray`, but not for a copy of the value."""
-    experiment.ask("q", "w")
-    long = [logged("q", activations=bytes(60_000_000)), logged("w", activations=bytearray(60_000_000))]
-    write_store(experiment.lmdb, [(e["prompt"], pickle.dumps({"data": e}, 5)) for e in long], sync=False)
-    result = experiment.run_process(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (10**8,) * 2))
-    assert (len(result.lines), len(result.warnings())) == (2, 1)
-
-
-def run_meanwhile(experiment: Experiment, act: Callable[[], object], code: int = 0) -> Result:
+def run_meanwhile(experiment: Experiment, act: Any, code: int = 0) -> Result:
     """Runs the command, and calls `act` when the store is open and the first line is awaited, from a pipe."""
 
     def feed() -> None:
@@ -448,8 +411,8 @@ def test_the_command_limits_its_memory_and_leaves_room_for_the_longest_value(ask
 
 def test_an_entry_that_lmdb_can_no_longer_read_is_corrupted(alone: Experiment) -> None:
     (alone.metadata / "lock.mdb").unlink()  # so that each line has a transaction of its own
-    act = functools.partial(change, alone.metadata, number(120) + b".{8}", number(120) + number(5000))
-    assert "120 entries found" in run_meanwhile(alone, act, code=1).error()
+    pages = (number(120) + b".{8}", number(120) + number(5000))
+    assert "120 entries found" in run_meanwhile(alone, lambda: change(alone.metadata, *pages), code=1).error()
 
 
 def test_without_a_lock_what_a_logger_overwrites_meanwhile_is_still_found(alone: Experiment) -> None:
@@ -474,43 +437,34 @@ def test_a_logger_at_work_costs_nothing_under_a_lock_and_never_makes_a_wrong_ans
 
 @pytest.mark.parametrize("number", helpers.STOP_SIGNALS)
 @pytest.mark.parametrize("is_checking", [True, False])
-def test_a_stopped_run_leaves_no_reader_in_a_live_loggers_table(
-    asked: Experiment, number: int, is_checking: bool
-) -> None:
-    shutil.rmtree(asked.metadata)
-    keys = range(200_000 if is_checking else 3)
-    write_store(asked.metadata, [(b"%064x" % key, b"x") for key in keys], subdir=is_checking)
-    with lmdb.open(str(asked.metadata), subdir=is_checking, max_readers=500) as env:
-        with asked.start(qa="-", stdin=subprocess.PIPE) as process:
+def test_a_stopped_run_leaves_no_reader_with_a_live_logger(experiment: Any, number: int, is_checking: bool) -> None:
+    write_store(experiment.metadata, [(b"%064x" % n, b"x") for n in range(is_checking * 200_000)], subdir=is_checking)
+    with lmdb.open(str(experiment.metadata), subdir=is_checking, max_readers=500) as env:
+        with experiment.start(qa="-", stdin=subprocess.PIPE) as process:
             deadline = time.monotonic() + helpers.DEADLINE
             while ("pid" if is_checking else str(process.pid)) not in env.readers():
                 assert (process.poll(), time.monotonic() < deadline) == (None, True)
                 time.sleep(0.002)
             process.send_signal(number)
-            asked.end(process, code=128 + number)
+            experiment.end(process, code=128 + number)
         assert env.readers() == "(no active readers)\n"
 
 
 def test_a_lock_that_is_never_granted_is_done_without(both: Experiment, monkeypatch: Any) -> None:
     monkeypatch.setattr("reconstruct_inference.LOCK_PATIENCE", 1)
     both.ask(*QUESTIONS, "never asked")
-    locks = [(store / "lock.mdb").open("r+b") for store in (both.metadata, both.lmdb)]
+    locks = [os.open(store / "lock.mdb", os.O_RDWR) for store in (both.metadata, both.lmdb)]
     for lock in locks:
         fcntl.lockf(lock, fcntl.LOCK_EX, 1)
-    release = threading.Timer(helpers.DEADLINE, lambda: list(map(io.IOBase.close, locks)))
+    release = threading.Timer(helpers.DEADLINE, list, [map(os.close, locks)])
     release.start()
     result = both.run()
+    assert (answers(result), result.warnings(), release.is_alive()) == (ANSWERS, [], True)
     release.cancel()
-    assert (answers(result), result.warnings(), locks[0].closed) == (ANSWERS, [], False)
 
 
-def test_a_process_that_cannot_be_started_ends_the_run_and_no_signal_stays_blocked(
-    both: Experiment, monkeypatch: Any
-) -> None:
-    def fork() -> int:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(os, "fork", fork)
+def test_a_fork_that_fails_ends_the_run_and_leaves_no_signal_blocked(both: Experiment, monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "fork", Mock(side_effect=BlockingIOError(11, "Resource temporarily unavailable")))
     result = both.run(code=1)
     assert (result.warnings(), signal.pthread_sigmask(signal.SIG_BLOCK, [])) == ([], set())
     assert "process: Resource temporarily unavailable" in result.error()
