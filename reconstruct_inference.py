@@ -661,7 +661,7 @@ class EntryFinder:
             log.warning("%s", error)
             return False
         self.stores.append(store)
-        if store.entries > SAMPLE_SIZE:  # hashes are random, so a range of them is a fair sample
+        if store.entries > SAMPLE_SIZE:  # hashes are random, so a range of them is fair
             self.sample_bound = min(self.sample_bound, b"%016x" % ((SAMPLE_SIZE << 64) // store.entries))
         return True
 
