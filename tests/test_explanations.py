@@ -91,7 +91,7 @@ TEXTS += ["Which of these is a fruit?\n1) stone\n2) pear", "A question with \"qu
     "qa, prompt",
     {
         "nothing but the question": ({"prompt": "Q?"}, "Q?"),
-        "questions in another field": ({"prompt": ["no text"], "question": "Q?"}, prompt_of("Q?")),
+        "questions in another field": ({"prompt": ["no text"], "the.question": "Q?"}, prompt_of("Q?")),
         "a template with non-ASCII text": ({"prompt": "Q?"}, "ユーザー: «Q?»\u2028\u00a0→"),
         "shell characters": ({"prompt": "Q?"}, """'{"q": "it's Q?"}' $HOME `ls` !! \\n \\\\" %d{prompt}}"""),
         "a dash and control characters": ({"prompt": "Q?"}, "-n 'Q?'\\\t\r\x1b[31m\x07a «é»"),
@@ -134,11 +134,12 @@ def test_any_template_can_be_pasted(experiment: Experiment, before: str, after: 
 
 
 # Prompts that no template makes.
-MADE: dict[str, Callable[[int], str]] = {
+ODD: dict[str, Callable[[int], str]] = {
     "options": lambda n: f"user: {LINES[n]['prompt']}\n(A) big {n % 7}\n(B) small {n}\nAnswer:",
     "cut": lambda n: f"user: Read this: {LINES[n]['reference'][: 30 + n % 3]}…\n{LINES[n]['prompt']}",
     "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} Briefly:",
     "name": lambda n: f"{random_name(n + 5000)}, {n}\nWhat is to be known of them?",
+    "last": lambda n: f"What is known of {random_name(n)}",
     "book": lambda n: f"In one book, {random_name(n + 5000)} Answer:",
     "page": lambda n: f"On one page, {random_name(n + 5000)} Answer:",
 }
@@ -149,7 +150,7 @@ DOUBLE = "user: {title} -and now- {prompt} -and now- {answer}"
 ONCE = ("once", lambda n: f"user: {SOME[n]['prompt'].lower()} -and now- {n}", 50)
 ALIKE = [("m", DOUBLE, 60), ("front", lambda n: random_name(n + 5000) + DOUBLE.format(**SOME[n]), 40), ONCE]
 TWICE = [{**LINES[n // 2], "note": f"note {n}"} for n in range(60)]
-LETTERS = [{"blank": " ", "x": "brief" if n == 50 else "facts"[n % 5], **line} for n, line in enumerate(SOME)]
+LETTERS = [{"blank": " ", "x": "brief" if n == 0 else "facts"[n % 5], **line} for n, line in enumerate(SOME)]
 WORDS = [{"prompt": text} for text in ["3+3", "3+33", "art", "tar", "star", "a", "水", "木", "水木", "👩", "👩‍🚀"]]
 NUMBERS = [{"prompt": str(n), "note": "answer this in one word" if n == 17 else ""} for n in range(120)]
 TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(LINES[:9])]
@@ -168,29 +169,23 @@ NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line i
         "nested": (NESTED, [("model", "user: Q: {q[stem]} ({of[1]})", 60)], "model 60/60"),
         "short texts": (WORDS, [("model", "user: What is {prompt}? Be brief.", 11)], "model 11/11"),
         "a QA text in the template": (NUMBERS, [("model", "answer this in one word: {prompt}", 120)], "model 120/120"),
-        "no other text": (SOME, [("a", "{prompt}", 60), ("b", MADE["options"], 50)], "a 60/60, b 50/110"),
-        "options": (SOME, [LATE_JUDGE, ("model", MADE["options"], 50)], "judge 60/60, model 50/110"),
-        "context cut": (SOME, [LATE_JUDGE, ("model", MADE["cut"], 50)], "judge 60/60, model 50/110"),
-        "lower case": (SOME, [LATE_JUDGE, ("model", MADE["lower"], 50)], "judge 60/60, model 50/110"),
+        "no other text": (SOME, [("a", "{prompt}", 60), ("b", ODD["options"], 50)], "a 60/60, b 50/110"),
+        "options": (SOME, [LATE_JUDGE, ("model", ODD["options"], 50)], "judge 60/60, model 50/110"),
+        "context cut": (SOME, [LATE_JUDGE, ("model", ODD["cut"], 50)], "judge 60/60, model 50/110"),
+        "lower case": (SOME, [LATE_JUDGE, ("model", ODD["lower"], 50)], "judge 60/60, model 50/110"),
         "an index first": (LINES, [("model", lambda n: f"[{n}] AND SO ON (of {n})", 120)], "model 120/120"),
-        "a name first": (LINES, [("model", MADE["name"], 60)], "model 60/60"),
-        "names first": (LINES, [("model", lambda n: f"{MADE['name'](n // 3)} It is {n}.", 60)], "model 60/60"),
-        "a name last": (LINES, [("model", lambda n: f"What is known of {random_name(n)}", 60)], "model 60/60"),
+        "a name first": (LINES, [("model", ODD["name"], 60)], "model 60/60"),
+        "a name last": (LINES, [("model", ODD["last"], 60)], "model 60/60"),
         "a title first": (SOME, [("m", lambda n: f"{SOME[n]['title']}, then {random_name(-n)}", 60)], "m 60/60"),
-        "two groups": (
-            SOME,
-            [("x", MADE["book"], 9), ("y", MADE["lower"], 7), ("z", MADE["name"], 8)],
-            "x 9/24, z 8/24",
-        ),
-        "rare": (LINES[:300], [("model", BRIEF, [0, 9]), ("odd", MADE["options"], 300)], "model 2/300, odd 300/302"),
+        "two groups": (SOME, [("x", ODD["last"], 9), ("y", ODD["lower"], 7), ("z", ODD["name"], 8)], "x 9/24, z 8/24"),
+        "rare": (LINES[:300], [("model", BRIEF, [0, 9]), ("odd", ODD["options"], 300)], "model 2/300, odd 300/302"),
         "letters": (LETTERS, [("model", "user: Give facts of {title}: {prompt}", 50)], "model 50/60"),
         "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 8])], "model 2/60, generator 60/60, judge 60/60"),
-        "first notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
-        "last notes": (TWICE, [("model", "{prompt} ({note})", range(1, 60, 2))], "model 30/60"),
-        "the same end": (SOME, [("x", MADE["book"], 12), ("y", MADE["page"], 10)], "x 12/22, y 10/22"),
+        "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
+        "the same end": (SOME, [("x", ODD["book"], 12), ("y", ODD["page"], 10)], "x 12/22, y 10/22"),
         "much alike": (SOME, ALIKE, "m 60/60, once 50/150, front 40/150"),
-        "a prompt by chance": (TOWNS, [("x", lambda n: "Is it town 0?", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
-        "one for all lines": (TOWNS, [("x", lambda n: "Answer in en.", 1), ("y", MADE["lower"], 9)], "y 9/10, x 1/10"),
+        "a prompt by chance": (TOWNS, [("x", lambda n: "Is it town 0?", 1), ("y", ODD["lower"], 9)], "y 9/10, x 1/10"),
+        "one for all lines": (TOWNS, [("x", lambda n: "Answer in en.", 1), ("y", ODD["lower"], 9)], "y 9/10, x 1/10"),
     },
 )
 def test_the_kinds_are_shown_and_can_be_chosen(experiment: Experiment, lines: Any, kinds: Any, expected: str) -> None:
@@ -253,16 +248,19 @@ def test_a_kind_is_proposed_though_some_entries_are_corrupted_or_have_no_model(e
 def test_several_runs_say_the_same_whatever_the_order_of_sets(experiment: Experiment) -> None:
     lines = [{**line, "copy": line["prompt"], "k": f"note {n % 2}"} for n, line in enumerate(TWICE)]
     loud = ("loud", lambda n: f"{lines[n]['k']}: {lines[n]['prompt'].upper()}", 40)
-    log_study(experiment, lines, ("a", "1 {prompt}", 60), ("b", "2 {copy}", 60), ("cut", MADE["cut"], 60), loud)
+    models = [(name, "1 {prompt}", range(n, 60, 3)) for n, name in enumerate(["left", "right", "middle"])]
+    log_study(experiment, lines, *models, ("b", "2 {copy}", 60), ("cut", ODD["cut"], 60), loud)
     seeds = [{**os.environ, "PYTHONHASHSEED": seed} for seed in "123"]
     assert len({experiment.run_process(code=1, env=seed).err for seed in seeds}) == 1
 
 
 def test_qa_texts_in_prompts_are_marked_by_field_unless_they_are_there_by_chance(experiment: Experiment) -> None:
     at = "日本の首都 {1} Who?"
-    experiment.ask({"messages": [{"role": "user", "content": "Which?"}], "prompt": "Who?", "at": at}, "Why?")
+    line = {"messages": [{"role": "user", "content": "Which?"}], "prompt": "Who?", "at": at, "more": " "}
+    experiment.ask(line, "Why?")
     experiment.log_prompts(f"user: {{x}} Who? Which? {at}, which is it?", "system: Be brief.")
-    assert "'user: {{x}} {prompt} Which? {at}, which is it?'" in experiment.run(code=1).error()
+    error = experiment.run("--prompt_template={prompt}{more}", code=1).error()
+    assert "'user: {{x}} {prompt} Which? {at}, which is it?'" in error
 
 
 @table(
@@ -347,7 +345,7 @@ def test_near_misses_are_shown(experiment: Experiment, question: str, stored: st
 
 # Some lines match, and others do not.
 
-MODEL, REST = ("model", DEFAULT, 30), ("rest", MADE["cut"], range(30, 60))
+MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
 
 
 @table(
@@ -356,14 +354,14 @@ MODEL, REST = ("model", DEFAULT, 30), ("rest", MADE["cut"], range(30, 60))
         "only some were asked": (SOME, [MODEL], ""),
         "judges of all": (SOME, [MODEL, *JUDGES], ""),
         "judges of those asked": (SOME, [MODEL, ("judge", JUDGE, 30)], ""),
-        "judges that no template makes": (SOME, [MODEL, ("judge", MADE["cut"], 30)], ""),
+        "judges that no template makes": (SOME, [MODEL, ("judge", ODD["cut"], 30)], ""),
         "judges of pairs": (SOME, [MODEL, ("judge", lambda n: str(SOME[n : n + 31 : 30]), 30)], ""),
-        "another experiment": (SOME, [MODEL, ("other", MADE["name"], 60)], ""),
+        "another experiment": (SOME, [MODEL, ("other", ODD["name"], 60)], ""),
         "a judge where a tenth of the missing ones matched": (LINES[:110], [("m", DEFAULT, 10), ("j", JUDGE, 110)], ""),
         "a judge where fewer matched": (LINES[:109], [("m", DEFAULT, 9), ("j", JUDGE, 109)], "j 100/100"),
         "a kind that half of those matched have": (SOME, [MODEL, ("other", BRIEF, range(15, 60))], ""),
         "a kind that fewer have": (SOME, [MODEL, ("other", BRIEF, range(16, 60))], "other 30/30"),
-        "no template makes the rest": (SOME, [MODEL, REST, ("judge", MADE["lower"], 60)], "rest 30/90"),
+        "no template makes the rest": (SOME, [MODEL, REST, ("judge", ODD["lower"], 60)], "rest 30/90"),
         "each question twice": (TWICE, [MODEL, ("other", "user: Q: {prompt}", range(30, 60))], "other 30/30"),
     },
 )

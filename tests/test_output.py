@@ -89,7 +89,7 @@ def test_a_run_without_a_match_leaves_the_old_output_and_makes_no_folder(asked: 
     asked.log(logged("q"), logged("bad", None))
     asked.qa.write_text(f"{qa}\n")
     asked.output.write_bytes(OLD)
-    asked.run(code=1)
+    assert ("JSON object" in asked.run(code=1).error()) == (qa == "no JSON")
     asked.run(output=asked.folder / "new" / "out.jsonl", code=1)
     assert (sorted(os.listdir(asked.folder)), asked.output.read_bytes()) == (FILES, OLD)
 
@@ -135,7 +135,6 @@ def test_a_symbolic_link_stays_and_its_target_is_made_with_its_folders(asked: Ex
         "too long a name": ("x" * 256, "File name too long"),
         "a folder": ("a.lmdb_metadata", "it is a folder"),
         "a folder that is not there": ("new/", "it is a folder"),
-        "a full device": ("/dev/full", "No space left on device"),
     },
 )
 def test_an_output_that_cannot_be_is_one_plain_line(asked: Experiment, output: str, message: str) -> None:
@@ -193,6 +192,16 @@ def test_standard_input_that_is_a_terminal_says_what_it_waits_for(asked: Experim
     os.close(its_end)
     assert result.err.startswith("reading QA lines from the terminal; Ctrl-D")
     assert len(result.lines) == 1
+
+
+def test_a_device_that_is_full_is_one_plain_line_and_stays_a_device(asked: Experiment) -> None:
+    path = asked.folder / "full"
+    if os.getuid():
+        path.symlink_to("/dev/full")
+    else:  # of its own, because root could replace the machine's
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 7))
+    assert asked.run(output=path, code=1).err == f"error: cannot write {path}: No space left on device\n"
+    assert stat.S_ISCHR(path.stat().st_mode)
 
 
 @table(

@@ -68,7 +68,7 @@ def whole_in(store: Path) -> dict[str, str]:
     return {q: ANSWERS[q] for q, entry in zip(QUESTIONS, ENTRIES) if pickle.dumps(entry) in content}
 
 
-DAMAGES = "bytes flipped,pages swapped,pages zeroed,pages of noise,end cut off,header ruined,no header".split(",")
+DAMAGES = ["bytes flipped", "pages swapped", "pages zeroed", "pages noisy", "end cut off", "bad header", "no header"]
 
 
 def damage_store(store: Path, damage: str, seed: int = 0) -> None:
@@ -80,7 +80,7 @@ def damage_store(store: Path, damage: str, seed: int = 0) -> None:
             content[start + rng.randrange(PAGE)] ^= rng.randint(1, 255)
         elif damage == "pages swapped":
             content[page], content[other] = content[other], content[page]
-        elif damage == "header ruined":
+        elif damage == "bad header":
             content[start % 199], content[PAGE + start % 199] = rng.randbytes(2)
         elif damage.startswith("pages"):
             content[page] = bytes(PAGE) if damage == "pages zeroed" else rng.randbytes(PAGE)
@@ -128,9 +128,9 @@ def test_the_stores_are_found_from(
     assert experiment.run(lmdb=typed).generations() == answering
 
 
-def test_stores_that_are_single_files_are_read_and_their_lock_files_kept(asked: Experiment) -> None:
-    (asked.metadata / "data.mdb").rename(asked.folder / "renamed_metadata")
-    assert asked.run(lmdb=asked.folder / "renamed_metadata").warnings() == []
+def test_a_store_that_is_a_single_file_is_read_and_its_lock_file_kept(asked: Experiment) -> None:
+    (asked.metadata / "data.mdb").rename(asked.folder / "renamed")
+    assert asked.run(lmdb=asked.folder / "renamed").warnings() == []
     asked.ask("q", "w")
     write_store(asked.folder / "b_metadata", [(GOOD["prompt"], GOOD)], subdir=False)
     write_store(asked.folder / "b", [(prompt_of(q), logged(q, "from activations")) for q in "qw"], subdir=False)
@@ -138,12 +138,19 @@ def test_stores_that_are_single_files_are_read_and_their_lock_files_kept(asked: 
     assert "b-lock" in asked.run(lmdb=asked.folder / "b", output=asked.folder / "b-lock", code=1).error()
 
 
+def test_two_paths_to_one_store_are_no_second_store(asked: Experiment) -> None:
+    asked.ask("q", "w", "v")
+    asked.log(logged("q"), logged("w", response=None))
+    asked.lmdb.symlink_to(asked.metadata)
+    assert asked.run().counts() == {"QA lines": 3, "matched": 1, "without an entry": 1, "corrupted": 1}
+
+
 @table(
     "metadata, activations, damage",
     {
         "nothing is missing": (120, 120, "no header"),
         "it has as many": (100, 100, ""),
-        "it is damaged and had as many": (100, 100, "pages of noise"),
+        "it is damaged and had as many": (100, 100, "pages noisy"),
         "it has one more": (100, 101, ""),
         "it is damaged and cannot say how many it had": (5, 120, "no header"),
     },
@@ -176,9 +183,7 @@ def test_damage_loses_nothing_that_is_whole_in_either_store(both: Experiment, da
     changed = {Path(name).name for name, content in both.files().items() if before.get(name) != content}
     assert changed - {"lock.mdb"} == {"out.jsonl"}
     shutil.rmtree(both.lmdb)
-    limits = (resource.RLIM_INFINITY,) * 2
-    result = both.run_process(cwd=both.folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, limits))
-    assert not list(both.folder.glob("core*"))
+    result = both.run()
     if damage in ("bytes flipped", "pages swapped"):  # which change letters of an answer, or move them
         assert len(whole.keys() - answers(result).keys()) <= 1  # it may be an old copy that is whole
     else:
@@ -188,7 +193,6 @@ def test_damage_loses_nothing_that_is_whole_in_either_store(both: Experiment, da
 @table(
     "ruin",
     {
-        "gone": shutil.rmtree,
         "cut within the second page": lambda store: os.truncate(store / "data.mdb", PAGE + 50),
         "something else": lambda store: write_store(store, [(b"setting", b"x")]),
     },
@@ -220,6 +224,7 @@ def test_an_incomplete_copy_is_called_so_and_what_is_lost_counted(alone: Experim
 @table(
     "before, after, word",
     {
+        "a branch page with one child": (b"\0\0\1\0[^@]\0", b"\0\0\1\0\x12\0", "damaged"),
         "a key that is no hash any more": (KEY, KEY[:-1] + b"g", "damaged"),
         "fewer entries than it says": (number(120), number(121), "damaged"),
         "more entries than it says": (number(120), number(119), "damaged"),
@@ -228,12 +233,14 @@ def test_an_incomplete_copy_is_called_so_and_what_is_lost_counted(alone: Experim
         "a root behind the end": (number(120) + b".{16}", number(120) + number(5000) + number(6000), "incomplete"),
     },
 )
-def test_a_file_in_which_lmdb_would_miss_entries_is_salvaged(
+def test_a_file_in_which_lmdb_would_miss_entries_or_die_is_salvaged(
     alone: Any, before: bytes, after: bytes, word: str
 ) -> None:
     change(alone.metadata, before, after)
-    result = alone.run()
+    limits = (resource.RLIM_INFINITY,) * 2
+    result = alone.run_process(cwd=alone.folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, limits))
     assert answers(result) == ANSWERS
+    assert not list(alone.folder.glob("core*"))
     assert [word in result.warnings()[0], "120 entries" in result.warnings()[1]] == [True, True]
 
 
@@ -264,8 +271,8 @@ def test_a_store_of_lmdb_1_0_is_read_and_salvaged_only_if_need_be(alone: Experim
         log_first(alone.metadata, 120, lib_version=1)
     else:  # it can neither write nor read one: its page headers are longer
         content = (alone.metadata / "data.mdb").read_bytes()
-        metas = [bytes(8) + content[page : page + PAGE - 8] for page in (0, PAGE)]
-        (alone.metadata / "data.mdb").write_bytes(b"".join(metas) + content[2 * PAGE :])
+        moved = bytes(8) + content[: PAGE - 8] + bytes(8) + content[PAGE : 2 * PAGE - 8] + content[2 * PAGE :]
+        (alone.metadata / "data.mdb").write_bytes(moved)
     damage_store(alone.metadata, damage)
     result = alone.run()
     assert answers(result) == whole_in(alone.metadata)
