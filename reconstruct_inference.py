@@ -718,7 +718,7 @@ class EntryFinder:
 
 
 # --- Join and output ---
-# Writes each QA line with the entry of its prompt, and keeps what explains missing entries.
+# Writes each QA line with its entry, and keeps what explains missing entries.
 
 LINE_WARNINGS = 3  # of each kind; the summary has the counts
 MATCHED_SAMPLE_SIZE = 100  # QA lines
@@ -858,7 +858,7 @@ def open_output(path: str) -> Iterator[BinaryIO]:
 # so the user has to choose: a template that matches may be a judge's.
 
 SEARCH_BUDGET = 3_000_000_000  # characters to compare, about two seconds
-MAX_TEXTS = 20  # to look for, of each QA line
+MAX_TEXTS = 40  # per QA line to look for
 MAX_CANDIDATES = 100  # templates to try
 TELLING_SIZE = 16  # bytes; a shorter text may be in a prompt by chance
 BEGINNING, END = 12, 8  # characters in which prompts of a group are alike
@@ -944,7 +944,7 @@ def proved_kinds(templates: Iterable[PromptTemplate], join: Join, least: int) ->
 
 
 def is_of_kind(prompt: str, kind: Kind, join: Join) -> bool:
-    """Returns whether a kind explains a prompt, even that of a QA line outside the sample."""
+    """Returns whether a kind explains a prompt, even one of a QA line outside the sample."""
     first, *others = [own_text for own_text, _ in kind.template.parts]
     own_length = len(first + "".join(others) + kind.template.tail)
     fits, rest = prompt.startswith(first), prompt[len(first) :]
@@ -990,10 +990,11 @@ def unexplained(best_texts: dict[str, Texts], kinds: list[Kind], join: Join) -> 
 
 def explain(join: Join) -> ReconstructionError:
     """Returns an error that says why QA lines have no entry, with a hint if anything can be done."""
-    sample, bare = join.unmatched_sample, ReconstructionError(headline(join))
-    if not sample or not join.finder.unused_prompts(0):  # all are used if only some questions were asked
+    sample, matched, bare = join.unmatched_sample, join.matched_sample, ReconstructionError(headline(join))
+    if not sample or not join.finder.unused_prompts(0):  # some questions were not asked
         return bare
-    texts_of_lines = [dict(itertools.islice(texts_of(qa), MAX_TEXTS)) for qa in sample]
+    by_depth = (sorted(texts_of(qa), key=lambda field: field[0].count(".")) for qa in sample)
+    texts_of_lines = [dict(texts[:MAX_TEXTS]) for texts in by_depth]
     prompts = join.finder.unused_prompts(SEARCH_BUDGET // (1 + sum(map(len, texts_of_lines))))
     best_texts = find_texts(prompts, texts_of_lines)
     kinds = proved_kinds(candidate_templates(best_texts), join, min(2, len(prompts), join.unmatched_count))
@@ -1002,7 +1003,6 @@ def explain(join: Join) -> ReconstructionError:
     near_misses = {prompt: tried[letters] for prompt in prompts if (letters := letters_of(prompt)) in tried}
     rest = unexplained({p: best_texts.get(p, {}) for p in prompts if p not in near_misses}, kinds, join)
     if join.unmatched_count <= 10 * join.counts.matched:  # what also fits the matched lines is a judge's
-        matched = join.matched_sample
         kinds = [k for k in kinds if 2 * find_kind(k.template, matched, join.finder).match_count < len(matched)]
     kinds = sorted(kinds[:SHOWN_KINDS], key=lambda kind: len(kind.template.text))
 
@@ -1023,8 +1023,8 @@ def explain(join: Join) -> ReconstructionError:
     if kinds or near_misses or any(rest.values()):
         return ReconstructionError("\n".join(lines), hint_for(kinds, join))
     lines += [f"  tried: {quoted(prompt)}" for prompt in list(tried.values())[:1]]
-    lines += ["  They contain none of the longer texts of the QA file. The store may be another experiment's."]
-    return ReconstructionError("\n".join(lines))
+    end = "  They contain none of the longer texts of the QA file. The store may be another experiment's."
+    return ReconstructionError("\n".join([*lines, end]))
 
 
 def headline(join: Join) -> str:
