@@ -56,7 +56,7 @@ import lmdb
 
 __version__ = "3.0.0"
 
-# Servers log a chat message as `role: content`. Since February 2026 they log a single one without its role.
+# Servers log a chat message as `role: content`. Since February 2026, they log a single one bare.
 DEFAULT_PROMPT_TEMPLATE = "user: Answer in one sentence. Q:{prompt}\n A:"
 DEFAULT_PROMPT_TEMPLATES = (DEFAULT_PROMPT_TEMPLATE, DEFAULT_PROMPT_TEMPLATE.removeprefix("user: "))
 
@@ -563,7 +563,7 @@ class LmdbStore:
 # in one piece, and a pickle says where it ends.
 PICKLED_DICTIONARY = re.compile(rb"(?s)\x80(?:[\x02\x03]|[\x04\x05]\x95.{8})\}")
 LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # in the first two pages, of at most 64 kB each
-SCAN_BLOCK = 1 << 12  # bytes, a page, which is what an unreadable sector costs
+SCAN_BLOCK = 1 << 12  # bytes, which one bad sector costs
 OVERLAP = 11  # bytes, so that no beginning is cut
 
 

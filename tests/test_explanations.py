@@ -137,7 +137,7 @@ def test_any_template_can_be_pasted(experiment: Experiment, before: str, after: 
 ODD: dict[str, Callable[[int], str]] = {
     "options": lambda n: f"user: {LINES[n]['prompt']}\n(A) big {n % 7}\n(B) small {n}\nAnswer:",
     "cut": lambda n: f"user: Read this: {LINES[n]['reference'][: 30 + n % 3]}…\n{LINES[n]['prompt']}",
-    "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} Briefly:",
+    "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} {'Briefly, ' * 30}",
     "name": lambda n: f"{random_name(n + 5000)}, {n}\nWhat is to be known of them?",
     "last": lambda n: f"What is known of {random_name(n)}",
     "book": lambda n: f"In one book, {random_name(n + 5000)} Answer:",
@@ -180,7 +180,7 @@ NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line i
         "two groups": (SOME, [("x", ODD["last"], 9), ("y", ODD["lower"], 7), ("z", ODD["name"], 8)], "x 9/24, z 8/24"),
         "rare": (LINES[:300], [("model", BRIEF, [0, 9]), ("odd", ODD["options"], 300)], "model 2/300, odd 300/302"),
         "letters": (LETTERS, [("model", "user: Give facts of {title}: {prompt}", 50)], "model 50/60"),
-        "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 8])], "model 2/60, generator 60/60, judge 60/60"),
+        "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 12])], "model 2/60, generator 60/60, judge 60/60"),
         "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
         "the same end": (SOME, [("x", ODD["book"], 12), ("y", ODD["page"], 10)], "x 12/22, y 10/22"),
         "much alike": (SOME, ALIKE, "m 60/60, once 50/150, front 40/150"),
@@ -361,7 +361,7 @@ MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
         "a judge where fewer matched": (LINES[:109], [("m", DEFAULT, 9), ("j", JUDGE, 109)], "j 100/100"),
         "a kind that half of those matched have": (SOME, [MODEL, ("other", BRIEF, range(15, 60))], ""),
         "a kind that fewer have": (SOME, [MODEL, ("other", BRIEF, range(16, 60))], "other 30/30"),
-        "no template makes the rest": (SOME, [MODEL, REST, ("judge", ODD["lower"], 60)], "rest 30/90"),
+        "no template makes the rest": (LETTERS, [MODEL, REST, ("judge", ODD["lower"], 60)], "rest 30/90"),
         "each question twice": (TWICE, [MODEL, ("other", "user: Q: {prompt}", range(30, 60))], "other 30/30"),
     },
 )
