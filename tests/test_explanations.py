@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Line = dict[str, Any]
-Kind = tuple[str, Any, Any]  # who is asked, by a template or function of n, on which lines or on how many
 
 
 def random_name(n: int) -> str:
@@ -39,26 +38,21 @@ SHOTS = "\n\n".join(f"Question: {line['prompt']}\nAnswer: {line['answer']}" for 
 FEW_SHOT = f"user: Answer as in these examples.\n\n{SHOTS}\n\nQuestion: {{prompt}}\nAnswer:"
 
 
-def numbers_of(asked: Any) -> Sequence[int]:
-    return range(asked) if isinstance(asked, int) else asked
-
-
 def answers(who: str, asked: Any) -> list[str]:
-    return [f"{who} {n}" for n in numbers_of(asked)]
+    return [f"{who} {n}" for n in (range(asked) if isinstance(asked, int) else asked)]
 
 
-def log_study(experiment: Experiment, lines: list[Line], *kinds: Kind) -> None:
-    """Writes the QA file, and logs what servers see of a study: `who` answers "who n" on line n."""
+def log_study(experiment: Experiment, lines: list[Line], *kinds: tuple[str, Any, Any]) -> None:
+    """Logs that `who` answered "who n", asked by a template or function of n, on which lines or on how many."""
     experiment.ask(*lines)
-    asked_of = [(n, who, template) for who, template, asked in kinds for n in numbers_of(asked)]
+    asked_of = [(int(said.split()[1]), who, each) for who, each, asked in kinds for said in answers(who, asked)]
     made = [(n, who, each.format(**lines[n]) if isinstance(each, str) else each(n)) for n, who, each in asked_of]
     experiment.log(*[{"prompt": prompt, "response": f"{who} {n}", "model": who} for n, who, prompt in made])
 
 
 def paste(option: str) -> list[str]:
     """The words that bash makes of an option that is pasted into a command line."""
-    command = ["bash", "-c", f"printf '%s\\0' {option}"]
-    said = subprocess.run(command, capture_output=True, check=True, timeout=DEADLINE).stdout
+    said = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {option}"], timeout=DEADLINE)
     return [os.fsdecode(word) for word in said.split(b"\0")[:-1]]
 
 
@@ -75,13 +69,6 @@ def census(result: Result) -> str:
     return ", ".join(kinds)
 
 
-def assert_silent(result: Result) -> None:
-    """Nothing is said of missing entries beside the summary."""
-    assert (result.warnings(), census(result), "hint" in result.err) == ([], "", False)
-
-
-# Nothing matched: the kinds of prompts that there are, and the options that are proposed.
-
 TASK = "Answer the question in a few words."
 TEXTS = ["Who wrote the play Hamlet?", "What is 17 times 3? {curly} %s %(x)s {0}", "日本の首都はどこですか？", "Short?"]
 TEXTS += ["Which of these is a fruit?\n1) stone\n2) pear", "A question with \"quotes\", 'quotes' and a \\ backslash"]
@@ -90,22 +77,16 @@ TEXTS += ["Which of these is a fruit?\n1) stone\n2) pear", "A question with \"qu
 @table(
     "qa, prompt",
     {
-        "nothing but the question": ({"prompt": "Q?"}, "Q?"),
-        "questions in another field": ({"prompt": ["no text"], "the.question": "Q?"}, prompt_of("Q?")),
-        "a template with non-ASCII text": ({"prompt": "Q?"}, "ユーザー: «Q?»\u2028\u00a0→"),
+        "questions in another field": ({"prompt": ["no text"], "my own.question": "Q?"}, prompt_of("Q?")),
         "shell characters": ({"prompt": "Q?"}, """'{"q": "it's Q?"}' $HOME `ls` !! \\n \\\\" %d{prompt}}"""),
-        "a dash and control characters": ({"prompt": "Q?"}, "-n 'Q?'\\\t\r\x1b[31m\x07a «é»"),
-        "two fields and a chance": ({"task": TASK, "prompt": "Q?", "lang": "en"}, f"{TASK}\nQ?\nin a sentence"),
+        "a dash and control characters": ({"prompt": "Q?"}, "-n 'Q?'\\\t\r\x1b[31m\x07a «é»\u2028\u00a0→ユ"),
+        "shared texts": ({"task": TASK, "prompt": "Q?", "lang": "en"}, f"{TASK} Q?\n{TASK} in a sentence"),
         "three fields": ({"a": "Say Q?", "b": 7, "c": "{c} Q?", "d": "2"}, "user: 7. {c} Q?, but Say Q?, 2 or 3"),
         "a field twice": ({"prompt": "Q?", "same": "Q?"}, "Q? I repeat: Q?"),
         "a text within another": ({"prompt": "Who said Q? and when", "said": "Q?"}, "Q?: Who said Q? and when"),
-        "a text that all lines share": ({"prompt": "Q?", "task": TASK}, f"{TASK} Q? {TASK}"),
-        "names that differ only by accents": ({"caf\u00e9": "A Q?", "cafe\u0301": "The Q?"}, "user: The Q?"),
-        "names that no template can have": ({"0": "Q?", "a[b]": "Q?", "c:d": "Q?", "my own": "Q?"}, "user: Q?"),
-        "options of a list": ({"prompt": "Q?", "of": ["x Q?", "y Q?"]}, "user: Q?\n(A) x Q?\n(B) y Q?\nAnswer:"),
-        "a message": ({"messages": [{"role": "user", "content": "Q?"}]}, "user: Q?"),
-        "texts that UTF-8 lacks": ({"prompt": "Q?", "odd": "\ud800", "odder": ["\ud800 Q?"]}, "user: Q?"),
-        "characters for private use in a question": ({"prompt": "\ue000 Q?", "x": "\ue001"}, "user: \ue000 Q?"),
+        "odd names": ({"0": "Q?", "a[b]": "Q?", "c:d": "Q?", "cafe\u0301": "Q?", "caf\u00e9": "A Q?"}, "user: Q?"),
+        "options of a list": ({"prompt": "Q?", "of": ["x Q?", {"b": "y Q?"}]}, "user: Q?\n(A) x Q?\n(B) y Q?\nAnswer:"),
+        "odd characters": ({"prompt": "\ue000 Q?", "x": "\ue001", "y": ["\ud800", "\ud800 Q?"]}, "user: \ue000 Q?"),
     },
 )
 def test_the_only_option_pasted_into_bash_gives_each_answer(experiment: Experiment, qa: Line, prompt: str) -> None:
@@ -116,8 +97,7 @@ def test_the_only_option_pasted_into_bash_gives_each_answer(experiment: Experime
     assert census(result) == "some-model 6/7"
     (option,) = result.proposals()
     assert option.isprintable()
-    (word,) = paste(option)
-    again = experiment.run(word)
+    again = experiment.run(*paste(option))
     assert again.generations() == [f"response {n}" for n in range(6)]
     assert again.counts() == {"QA lines": 7, "matched": 6, "without an entry": 1}
 
@@ -144,47 +124,34 @@ ODD: dict[str, Callable[[int], str]] = {
     "page": lambda n: f"On one page, {random_name(n + 5000)} Answer:",
 }
 JUDGES = [("generator", GENERATOR, 60), ("judge", JUDGE, 60)]
-LATE_JUDGE, LATE_MODEL = ("judge", JUDGE[6:], 60), ("model", BRIEF[6:], 50)
 SMALL_KINDS = [("a", "A {prompt}", 9), ("b", "B {prompt}", 20), ("c", "C {title}", range(10, 20))]
 DOUBLE = "user: {title} -and now- {prompt} -and now- {answer}"
 ONCE = ("once", lambda n: f"user: {SOME[n]['prompt'].lower()} -and now- {n}", 50)
 ALIKE = [("m", DOUBLE, 60), ("front", lambda n: random_name(n + 5000) + DOUBLE.format(**SOME[n]), 40), ONCE]
-TWICE = [{**LINES[n // 2], "note": f"note {n}"} for n in range(60)]
+TWICE = [{"inside": ["x"] * 99, **LINES[n // 2], "note": f"note {n}"} for n in range(60)]
 LETTERS = [{"blank": " ", "x": "brief" if n == 0 else "facts"[n % 5], **line} for n, line in enumerate(SOME)]
 WORDS = [{"prompt": text} for text in ["3+3", "3+33", "art", "tar", "star", "a", "水", "木", "水木", "👩", "👩‍🚀"]]
 NUMBERS = [{"prompt": str(n), "note": "answer this in one word" if n == 17 else ""} for n in range(120)]
 TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(LINES[:9])]
-NESTED = [{"q": {"stem": line["prompt"]}, "of": ["yes", 1900 + n]} for n, line in enumerate(SOME)]
 
 
 @table(
     "lines, kinds, expected",
     {
-        "an early server": (SOME, [*JUDGES, ("model", BRIEF, 50)], "model 50/60, generator 60/60, judge 60/60"),
-        "a late server": (SOME, [LATE_JUDGE, LATE_MODEL], "model 50/60, judge 60/60"),
         "few-shot": (SOME, [*JUDGES, ("model", FEW_SHOT, 50)], "generator 60/60, judge 60/60, model 50/60"),
         "five": (SOME, [*SMALL_KINDS, *JUDGES], "c 10/60, b 20/60, generator 60/60, judge 60/60"),
         "one of 200 asked": (LINES[:200], [("model", BRIEF, [77])], "model 1/200"),
-        "300 lines": (LINES[:300], [("model", BRIEF, range(100, 300))], "model 200/300"),
-        "nested": (NESTED, [("model", "user: Q: {q[stem]} ({of[1]})", 60)], "model 60/60"),
         "short texts": (WORDS, [("model", "user: What is {prompt}? Be brief.", 11)], "model 11/11"),
         "a QA text in the template": (NUMBERS, [("model", "answer this in one word: {prompt}", 120)], "model 120/120"),
         "no other text": (SOME, [("a", "{prompt}", 60), ("b", ODD["options"], 50)], "a 60/60, b 50/110"),
-        "options": (SOME, [LATE_JUDGE, ("model", ODD["options"], 50)], "judge 60/60, model 50/110"),
-        "context cut": (SOME, [LATE_JUDGE, ("model", ODD["cut"], 50)], "judge 60/60, model 50/110"),
-        "lower case": (SOME, [LATE_JUDGE, ("model", ODD["lower"], 50)], "judge 60/60, model 50/110"),
         "an index first": (LINES, [("model", lambda n: f"[{n}] AND SO ON (of {n})", 120)], "model 120/120"),
-        "a name first": (LINES, [("model", ODD["name"], 60)], "model 60/60"),
-        "a name last": (LINES, [("model", ODD["last"], 60)], "model 60/60"),
         "a title first": (SOME, [("m", lambda n: f"{SOME[n]['title']}, then {random_name(-n)}", 60)], "m 60/60"),
         "two groups": (SOME, [("x", ODD["last"], 9), ("y", ODD["lower"], 7), ("z", ODD["name"], 8)], "x 9/24, z 8/24"),
         "rare": (LINES[:300], [("model", BRIEF, [0, 9]), ("odd", ODD["options"], 300)], "model 2/300, odd 300/302"),
-        "letters": (LETTERS, [("model", "user: Give facts of {title}: {prompt}", 50)], "model 50/60"),
         "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 12])], "model 2/60, generator 60/60, judge 60/60"),
         "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
         "the same end": (SOME, [("x", ODD["book"], 12), ("y", ODD["page"], 10)], "x 12/22, y 10/22"),
         "much alike": (SOME, ALIKE, "m 60/60, once 50/150, front 40/150"),
-        "a prompt by chance": (TOWNS, [("x", lambda n: "Is it town 0?", 1), ("y", ODD["lower"], 9)], "y 9/10, x 1/10"),
         "one for all lines": (TOWNS, [("x", lambda n: "Answer in en.", 1), ("y", ODD["lower"], 9)], "y 9/10, x 1/10"),
     },
 )
@@ -202,32 +169,24 @@ def test_the_template_with_the_fewest_fields_is_proposed(experiment: Experiment)
     assert experiment.run(code=1).proposals() == [f"--prompt_template='{TASK} {{prompt}}'"]
 
 
-@table(
-    "template, asked, share", {"first": (BRIEF, range(600), 3 / 7), "last": ("Q: {prompt}", range(1080, 1200), 4 / 35)}
-)
-def test_of_many_lines_those_asked_are_found(experiment: Experiment, template: str, asked: Any, share: float) -> None:
-    log_study(experiment, LINES, ("generator", GENERATOR, 1200), ("judge", JUDGE, 1200), ("model", template, asked))
+def test_of_many_lines_those_asked_are_found(experiment: Experiment) -> None:
+    asked = [("last", "Q: {prompt}", range(1080, 1200)), ("first", BRIEF, range(600))]
+    log_study(experiment, LINES, ("generator", GENERATOR, 1200), ("judge", JUDGE, 1200), *asked)
     result = experiment.run(code=1)
-    assert given_by_proposals(experiment, result).count(answers("model", asked)) == 1
-    found = re.fullmatch(r"model (\d+)/(\d+), generator \2/\2, judge \2/\2", census(result))
+    assert given_by_proposals(experiment, result)[:2] == [answers(who, numbers) for who, _, numbers in asked]
+    found = re.fullmatch(r"last (\d+)/(\d+), first (\d+)/\2, generator \2/\2, judge \2/\2", census(result))
     assert found
-    matched, lines = map(int, found.groups())
+    last, lines, first = map(int, found.groups())
     # The first 150 lines are looked at, and others that are spread over the rest.
     assert 225 <= lines <= 300
-    assert abs(matched - 150 * (asked[0] == 0) - share * (lines - 150)) < 5
+    assert abs(last - (lines - 150) * 4 / 35) < 5
+    assert abs(first - 150 - (lines - 150) * 3 / 7) < 5
 
 
-@table(
-    "asked, stored, own",
-    {
-        "one": ([33], 50, "user: "),
-        "a handful": ([7, 900, 2900], 3000, "user: "),
-        "more with regular expressions": (range(20), 50, "(Who) is [it]?\nSay *one* word: "),
-    },
-)
-def test_a_few_lines_are_found_in_a_larger_store(experiment: Experiment, asked: Any, stored: int, own: str) -> None:
-    lines = [{"prompt": f"{make_line(n)['prompt']}\nOr not?"} for n in range(stored)]
-    log_study(experiment, lines, ("model", own + "{prompt}", stored))
+@table("asked, own", {"one": ([33], "user: "), "more": (range(20), "(Who) is [it]?\nSay *one* word: ")})
+def test_a_few_lines_are_found_in_a_larger_store(experiment: Experiment, asked: Any, own: str) -> None:
+    lines = [{"prompt": f"{line['prompt']}\nOr not?"} for line in LINES[:50]]
+    log_study(experiment, lines, ("model", own + "{prompt}", 50))
     experiment.ask(*[lines[n] for n in asked])
     result = experiment.run(code=1)
     # Where a template has little text of its own, the other prompts are shown too.
@@ -279,18 +238,12 @@ def test_without_the_templates_field_others_are_named(experiment: Experiment, li
     assert "tried" not in error
 
 
-@table(
-    "entries, said",
-    {
-        "no entry": ({}, "the store is empty"),
-        "corrupted": ({"q": logged("q", None), "w": logged("w", 7), "e": logged("e")}, "2 entries found, .* none .*"),
-        "another's entry": ({"q": logged("other")}, "none of 2 QA lines has a usable entry"),
-    },
-)
-def test_of_entries_that_cannot_be_used_nothing_else_is_said(asked: Experiment, entries: Any, said: str) -> None:
+def test_of_entries_that_cannot_be_used_nothing_else_is_said(asked: Experiment) -> None:
     asked.ask("q", "w")
-    write_store(asked.metadata, [(prompt_of(question), entry) for question, entry in entries.items()])
-    assert re.fullmatch(f".*{said}\n", asked.run(code=1).error())
+    asked.log(logged("q", None), logged("w", 7), logged("e"))
+    assert re.fullmatch("nothing matched: 2 entries found, .* none .*\n", asked.run(code=1).error())
+    write_store(asked.metadata, [(prompt_of("q"), logged("another"))])
+    assert asked.run(code=1).error() == "none of 2 QA lines has a usable entry\n"
 
 
 @table("question, stored", {"no text": (" ", "What?"), "a letter": ("Who wrote Hamlet?", "Who wrote Hamlot?")})
@@ -299,51 +252,39 @@ def test_another_experiments_store_is_called_so_with_two_prompts(asked: Experime
     asked.log_prompts(prompt_of(stored), model="other-model")
     result = asked.run(code=1)
     assert census(result) == "other-model 1/1"
-    assert "another experiment" in result.error()
-    assert f"look like {prompt_of(stored)!r}" in result.error()
-    assert f"tried: {prompt_of(question)!r}" in result.error()
+    for words in ("another experiment", f"look like {prompt_of(stored)!r}", f"tried: {prompt_of(question)!r}"):
+        assert words in result.error()
     assert not re.search("hint|--prompt_template", result.error())
 
 
-# Near misses.
-
-SPACE, CASE, ACCENTS, ANY = "only in white space:", "only in case:", "only in the Unicode form of", "or punctuation:"
 CONTEXT = "This is a long context, and it goes on. " * 40
 
 
 @table(
     "question, stored, cause",
     {
-        "a space at the end": ("Who wrote Hamlet? ", "Who wrote Hamlet?", SPACE),
-        "a hard space": ("Who wrote\u00a0Hamlet?", "Who wrote Hamlet?", SPACE),
-        "a space too few": ("Who wroteHamlet?", "Who wrote Hamlet?", SPACE),
-        "case": ("Wer hamlet? STRASSE?", "Wer Hamlet? Straße?", CASE),
-        "composed accents": ("Who wrote Cafe\u0301 au lait?", "Who wrote Caf\u00e9 au lait?", ACCENTS),
-        "no accents": ("Who wrote Cafe au lait?", "Who wrote Caf\u00e9 au lait?", ANY),
-        "quotes": ("Who wrote “Hamlet”?", 'Who wrote "Hamlet"?', ANY),
-        "a long context": (f"{CONTEXT}Who?{CONTEXT}", f"{CONTEXT}Who ?{CONTEXT}", SPACE),
-        "a long context of one": (f"who?{'!' * 4000}", "Who?", ANY),
-        "a long context of the other": ("who?", f"Who?{'!' * 4000}", ANY),
+        "white space": ("Who\u00a0wroteHamlet? ", "Who wrote Hamlet?", "only in white space:"),
+        "case": ("Wer hamlet? STRASSE?", "Wer Hamlet? Straße?", "only in case:"),
+        "composed accents": ("Cafe\u0301 au lait?", "Caf\u00e9 au lait?", "only in the Unicode form of accents:"),
+        "no accents, and quotes": ("Who wrote “Cafe”?", 'Who wrote "Caf\u00e9"?', "or punctuation:"),
+        "a long context": (f"{CONTEXT}Who?{CONTEXT}", f"{CONTEXT}Who ?{CONTEXT}", "only in white space:"),
     },
 )
 @pytest.mark.parametrize("matched", [0, 3, 40])
 def test_near_misses_are_shown(experiment: Experiment, question: str, stored: str, cause: str, matched: int) -> None:
-    """A pair is shown in ASCII, with the cause and the number."""
     usual = [f"Which is number {n}?" for n in range(matched)]
-    experiment.ask("Another one that is not there?", question, f"{question} Or else", *usual)
-    pairs = [(prompt_of(question + end)[6:], prompt_of(stored + end)[6:]) for end in ("", " Or else")]
-    experiment.log_prompts(*[prompt for _, prompt in pairs], *map(prompt_of, usual))
+    experiment.ask("Another one that is not there?", question, *usual)
+    pair = [prompt_of(text).removeprefix("user: ") for text in (question, stored)]
+    experiment.log_prompts(pair[1], *map(prompt_of, usual))
     result = experiment.run(code=0 if matched else 1)
-    assert census(result) == "2/2"
+    assert census(result) == "1/1"
     assert cause in result.err
     assert (len(result.warnings()), "another experiment" in result.err) == (matched > 0, False)
-    excerpts = re.findall(r"^     (?:tried:  |stored: ) '(.{1,200})'$", result.err, re.MULTILINE)
-    same = [next(n for n in range(9999) if one[n] != other[n]) for one, other in pairs]
-    telling = [[ascii(text[max(0, n - 20) : n + 4])[1:-1] for text in pair] for pair, n in zip(pairs, same)]
-    assert any(one in excerpts[0] and other in excerpts[1] for one, other in telling)
+    same = next(n for n in range(9999) if pair[0][n] != pair[1][n])
+    for name, text in zip(["tried:  ", "stored: "], pair):
+        (excerpt,) = re.findall(rf"^     {name} '(.{{1,200}})'$", result.err, re.MULTILINE)
+        assert ascii(text[same - 20 : same + 4])[1:-1] in excerpt
 
-
-# Some lines match, and others do not.
 
 MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
 
@@ -352,8 +293,6 @@ MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
     "lines, kinds, expected",
     {
         "only some were asked": (SOME, [MODEL], ""),
-        "judges of all": (SOME, [MODEL, *JUDGES], ""),
-        "judges of those asked": (SOME, [MODEL, ("judge", JUDGE, 30)], ""),
         "judges that no template makes": (SOME, [MODEL, ("judge", ODD["cut"], 30)], ""),
         "judges of pairs": (SOME, [MODEL, ("judge", lambda n: str(SOME[n : n + 31 : 30]), 30)], ""),
         "another experiment": (SOME, [MODEL, ("other", ODD["name"], 60)], ""),
@@ -368,12 +307,9 @@ MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
 def test_after_a_match_only_the_rest_is_news(experiment: Experiment, lines: Any, kinds: Any, expected: str) -> None:
     log_study(experiment, lines, *kinds)
     result = experiment.run()
-    if not expected:
-        return assert_silent(result)
-    assert (census(result), len(result.warnings())) == (expected, 1)
-    missing = len(lines) - len(numbers_of(kinds[0][2]))
-    assert result.warnings()[0].startswith(f"{missing} of {len(lines)} QA lines have no entry")
-    assert "\nhint: " in result.err
+    said = [f"{len(lines) - kinds[0][2]} of {len(lines)} QA lines have no entry"] if expected else []
+    assert (census(result), [warning.split(".")[0] for warning in result.warnings()]) == (expected, said)
+    assert ("hint: " in result.err) == bool(expected)
 
 
 @pytest.mark.parametrize("given", [[DEFAULT, DEFAULT[6:]], ["A\n{prompt}"]])
@@ -389,7 +325,6 @@ def test_after_a_trial_run_the_real_runs_template_goes_before_those_given(experi
 
 
 def test_the_explanation_comes_before_the_output_is_replaced(experiment: Experiment, monkeypatch: Any) -> None:
-    """So that a user who stops it has the old output."""
     seen = []
 
     def look(record: logging.LogRecord) -> bool:
@@ -441,13 +376,13 @@ def test_prompts_that_belong_to_lines_are_no_near_misses_in_large_stores(experim
     experiment.ask(*[f"{text}?" for text in texts[:300]], *texts)
     result = experiment.run()
     assert result.counts() == {"QA lines": 9300, "matched": 9000, "without an entry": 300}
-    assert_silent(result)
+    assert (result.warnings(), census(result)) == ([], "")
 
 
 def test_of_very_long_prompts_fewer_are_looked_at(experiment: Experiment) -> None:
-    experiment.ask(*[{"prompt": f"{n}?"} | {f"field {k}": f"text {k}" for k in range(40)} for n in range(300)])
+    experiment.ask(*[{"prompt": f"{n}?"} | {f"field {k}": f"text {k}" for k in range(80)} for n in range(300)])
     experiment.log_prompts(*[f"{n}!" + "x" * 20_000 for n in range(40)])
-    assert "25 of the 25 prompts looked at" in experiment.run(code=1).error()
+    assert "13 of the 13 prompts looked at" in experiment.run(code=1).error()
 
 
 def test_lines_with_hundreds_of_fields_or_levels_do_not_matter(experiment: Experiment) -> None:

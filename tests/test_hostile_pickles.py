@@ -16,6 +16,10 @@ from helpers import Experiment, logged, prompt_of, table, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+ARGUMENT, MKDIR, RUN = b"Vtrapped\n", b"cos\nmkdir\n", b"ctrap\nrun\n"
+OBJECT = RUN + b"(" + ARGUMENT + b"tR"
+HUGE = struct.pack("<Q", 1 << 60)
+FIELDS = ["model", "input_length", "timestamp", "messages", "trim_position"]
 each_place = pytest.mark.parametrize("place", ["metadata", "activations", "damaged store"])
 
 
@@ -25,8 +29,8 @@ def log_beside_a_good_entry(experiment: Experiment, place: str, *values: bytes) 
     hostile = [(prompt_of(f"hostile {n}"), value) for n, value in enumerate(values)]
     write_store(experiment.metadata, [*hostile, (prompt_of("good"), logged("good"))])
     if place == "damaged store":
-        file = experiment.metadata / "data.mdb"
-        file.write_bytes(bytes(8192) + file.read_bytes()[8192:])
+        with (experiment.metadata / "data.mdb").open("r+b") as file:
+            file.write(bytes(8192))
 
 
 def entry_with(place: str, name: str, field: bytes) -> bytes:
@@ -40,19 +44,14 @@ def entry_with(place: str, name: str, field: bytes) -> bytes:
 @pytest.fixture
 def trap(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails the test if the module `trap` is imported, or `os.mkdir` called; 0xF0 is its extension code."""
-    (experiment.folder / "trap.py").write_text("import os\n\nos.mkdir('trapped')\n")
+    (experiment.folder / "trap.py").touch()
     monkeypatch.syspath_prepend(experiment.folder)
     monkeypatch.chdir(experiment.folder)
     copyreg.add_extension("os", "mkdir", 0xF0)
     yield
     copyreg.remove_extension("os", "mkdir", 0xF0)
-    copyreg.clear_extension_cache()
     assert "trap" not in sys.modules
     assert not os.path.exists("trapped")
-
-
-ARGUMENT, MKDIR, RUN = b"Vtrapped\n", b"cos\nmkdir\n", b"ctrap\nrun\n"
-OBJECT = RUN + b"(" + ARGUMENT + b"tR"
 
 
 @each_place
@@ -60,24 +59,17 @@ OBJECT = RUN + b"(" + ARGUMENT + b"tR"
     "attack, is_decoded",
     {
         "GLOBAL and REDUCE": (OBJECT, True),
-        "GLOBAL and REDUCE of what is imported": (MKDIR + ARGUMENT + b"\x85R", True),
         "STACK_GLOBAL with a dotted name": (b"Vtrap\nVos.mkdir\n\x93" + ARGUMENT + b"\x85R", True),
         "INST": (b"(" + ARGUMENT + b"ios\nmkdir\n", True),
-        "OBJ": (b"(" + MKDIR + ARGUMENT + b"o", True),
-        "NEWOBJ": (RUN + ARGUMENT + b"\x85\x81", True),
         "NEWOBJ_EX": (RUN + ARGUMENT + b"\x85}Vmode\nK\x07s\x92", True),
         "BUILD that sets what BUILD calls": (RUN + b")\x81}V__setstate__\n" + MKDIR + b"sb" + ARGUMENT + b"b", True),
-        "BUILD on a class": (RUN + b"}V__init__\n" + MKDIR + b"sb", True),
         "APPEND to a made object": (OBJECT + ARGUMENT + b"a", True),
         "SETITEMS on a made object": (OBJECT + b"(" + ARGUMENT + ARGUMENT + b"u", True),
         "ADDITEMS on a made object": (OBJECT + b"(" + ARGUMENT + b"\x90", True),
         "REDUCE of a made object": (OBJECT + ARGUMENT + b"\x85R", True),
         "an extension code": (b"\x82\xf0" + ARGUMENT + b"\x85R", True),
-        "an unknown extension code": (b"\x82\xf1", False),
         "a persistent id": (b"Pos.mkdir\n", False),
         "a list that holds itself": (b"]q\x01h\x01a", True),
-        "a memo that was never set": (b"h\x07", False),
-        "an unknown opcode": (b"\xff", False),
     },
 )
 def test_a_pickle_runs_nothing(experiment: Experiment, trap: None, place: str, attack: bytes, is_decoded: bool) -> None:
@@ -85,9 +77,6 @@ def test_a_pickle_runs_nothing(experiment: Experiment, trap: None, place: str, a
     result = experiment.run()
     assert result.generations() == [" fine"] * is_decoded + [" An answer."]
     assert not is_decoded or (result.lines[0]["model"], result.lines[0]["messages"]) == ("a-model", None)
-
-
-FIELDS = ["model", "input_length", "timestamp", "messages", "trim_position"]
 
 
 @each_place
@@ -101,29 +90,22 @@ def test_an_object_costs_only_its_field_or_an_entry_that_needs_it(experiment: An
     assert ("model: (no name)" in result.err) == (name == "model")
 
 
-HUGE = struct.pack("<Q", 1 << 60)
-
-
 @each_place
 def test_pickles_made_to_exhaust_cost_their_own_entries_at_most(experiment: Experiment, place: str) -> None:
     attacks = {
         "BINBYTES8 of an absurd size": b"\x8e" + HUGE,
-        "BINUNICODE8 of an absurd size": b"\x8d" + HUGE,
         "BYTEARRAY8 of 1 GiB": b"\x96" + struct.pack("<Q", 1 << 30),
-        "FRAME of an absurd size": b"\x95" + HUGE,
         "LONG4 of 2 GiB": b"\x8b\xff\xff\xff\x7f1",
         "LONG_BINPUT with a huge index": b"Nr\xff\xff\xff\xff",
         "PUTs that double the memory": b"N" + b"".join(b"r" + struct.pack("<I", 1 << n) for n in (29, 30, 31)),
         "many MARKs": b"(" * 100_000,
         "many nested lists": b"]" * 100_000 + b"a" * 99_999 + b"0" * 9,
-        "many nested tuples": b")" + b"\x85" * 100_000 + b"0" * 9,
-        "an INT of many digits": b"I" + b"9" * 100_000 + b"\n",
         "a long line without an end": b"S'" + b"x" * 100_000,
     }
     filling = b"x" * 70_000 * (place == "activations")
     log_beside_a_good_entry(experiment, place, *[b"\x80\x03}" + attack + b"." + filling for attack in attacks.values()])
-    limits = (8 << 30, 8 << 30)  # more than the command allows itself
-    result = experiment.run_process(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limits))
+    # The limit is higher than the command's own.
+    result = experiment.run_process(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30,) * 2))
     assert result.generations() == [" An answer."]
     assert result.counts().get("corrupted", 0) == len(attacks) * (place != "damaged store")
 
@@ -139,9 +121,7 @@ def test_long_values_are_not_read_into_memory(experiment: Experiment) -> None:
 
 @settings(max_examples=25)
 @given(value=st.binary(max_size=60), changes=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=4))
-def test_no_bytes_in_an_entry_stop_the_run(
-    experiment: Experiment, value: bytes, changes: list[tuple[int, int]]
-) -> None:
+def test_no_bytes_in_an_entry_stop_the_run(experiment: Experiment, value: bytes, changes: Any) -> None:
     damaged = bytearray(pickle.dumps(logged("hostile 1", messages=[b"no JSON"])))
     for position, byte in changes:
         damaged[position % len(damaged)] = byte

@@ -20,6 +20,7 @@ from helpers import DEADLINE, SCRIPT, Experiment, bash, logged, read_lines
 from reconstruct_inference import reconstruct_inference
 
 PROJECT, TEXT = SCRIPT.parent, SCRIPT.read_text(encoding="utf-8")
+EXAMPLE = f"python {PROJECT}/example_reconstruct.py"
 README = (PROJECT / "README_reconstruction.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```\w*\n(.*?)^```", README)
 LINES = [line.strip().removeprefix("$ ") for line in README.replace("\\\n", "").splitlines()]
@@ -47,19 +48,14 @@ def test_the_file_works_alone_beside_modules_with_unlucky_names_and_says_no_word
     assert [line.split(" ")[0] for line in said.stderr.splitlines()] == ["QA", "entries:", "model:", "wrote"]
 
 
-def test_missing_packages_are_one_line_with_the_command_that_installs_them() -> None:
-    said = bash(f"python -I -S {SCRIPT} --help", PROJECT)
-    install = r"/.*/python -m pip install 'lmdb>=1\.4\.1' 'tqdm>=4\.65'"
-    assert said.returncode == 1
-    assert re.fullmatch(f"error: .*lmdb and tqdm.*: {install}\n", said.stderr)
-
-
-def test_an_older_python_is_told_so_in_one_line() -> None:
-    ast.parse(TEXT, feature_version=(3, 8))  # so that it gets as far as the check
-    run = f"import runpy, sys; sys.version_info = (3, 9); runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    said = bash(shlex.join(["python", "-c", run]), PROJECT)
-    assert said.returncode == 1
-    assert re.fullmatch("error: .*Python 3.10 or later\n", said.stderr)
+def test_missing_packages_and_an_older_python_are_one_line_with_what_to_do() -> None:
+    ast.parse(TEXT, feature_version=(3, 8))  # so that an older Python gets as far as the check
+    old = f"import runpy, sys; sys.version_info = (3, 9); runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    install = r".*lmdb and tqdm.*: /.*/python -m pip install 'lmdb>=1\.4\.1' 'tqdm>=4\.65'"
+    for words, message in ((["-ISc", old], ".*Python 3.10 or later"), (["-IS", str(SCRIPT), "--help"], install)):
+        said = bash(shlex.join(["python", *words]), PROJECT)
+        assert said.returncode == 1
+        assert re.fullmatch(f"error: {message}\n", said.stderr)
 
 
 @pytest.mark.parametrize("name", ["dependencies", "requires-python"])
@@ -168,13 +164,9 @@ def test_the_readmes_python_code_runs(asked: Experiment) -> None:
     assert (said.returncode, said.stderr, len(read_lines(asked.folder / output))) == (0, "", 1)
 
 
-def example(arguments: str, folder: Path) -> Any:
-    return bash(f"python {PROJECT}/example_reconstruct.py {arguments}", folder, TMPDIR=str(folder))
-
-
 @pytest.mark.parametrize("name", ["", "new/it's one", "."])
 def test_the_example_shows_what_comes_out_and_prints_a_command_that_works(tmp_path: Path, name: str) -> None:
-    said = example(shlex.quote(name) * bool(name), tmp_path)
+    said = bash(f"{EXAMPLE} {shlex.quote(name) * bool(name)}", tmp_path, TMPDIR=str(tmp_path))
     assert (said.returncode, '"generation": ' in said.stdout) == (0, True)
     (output,) = (tmp_path / name).rglob("generation.jsonl")
     lines = read_lines(output)
@@ -187,6 +179,6 @@ def test_the_example_shows_what_comes_out_and_prints_a_command_that_works(tmp_pa
 @pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("a.lmdb_metadata", 2), ("qa.jsonl", 2)])
 def test_the_example_touches_nothing_that_is_there(asked: Experiment, arguments: str, code: int) -> None:
     before = asked.files()
-    said = example(arguments, asked.folder)
+    said = bash(f"{EXAMPLE} {arguments}", asked.folder, TMPDIR=str(asked.folder))
     assert (said.returncode, "error: " in said.stderr, "FOLDER" in said.stdout) == (code, code == 2, code == 0)
     assert asked.files() == before
