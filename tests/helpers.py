@@ -53,10 +53,7 @@ def logged(question: str, response: Any = " An answer.", **fields: Any) -> dict[
 
 
 def write_store(folder: Path, values: Iterable[tuple[Any, Any]], commit_each: bool = False, **options: Any) -> Path:
-    """A store as the logger leaves it: for each prompt (or key, as bytes) a pickle, or the bytes given as such.
-
-    What lay there before is gone.
-    """
+    """A new store as the logger leaves it: for each prompt (or key, as bytes) a pickle, or the bytes given as such."""
     for name in ("data.mdb", "lock.mdb"):
         (folder / name).unlink(missing_ok=True)
     with lmdb.open(str(folder), **{"map_size": 1 << 28, **options}) as env:
@@ -160,10 +157,13 @@ class Experiment:
 
     def arguments(self, qa: Any = None, lmdb: Any = None, output: Any = None) -> list[str]:
         """The three paths as options, those of this experiment unless others are given."""
-        paths = {"qa_output_path": qa, "lmdb_path": lmdb, "output_path": output}
-        usual = {"qa_output_path": self.qa, "lmdb_path": self.lmdb, "output_path": self.output}
-        given = {name: usual[name] if path is None else path for name, path in paths.items()}
-        return [word for name, path in given.items() for word in (f"--{name}", os.fspath(path))]
+        names = ["--qa_output_path", "--lmdb_path", "--output_path"]
+        paths = [(qa, self.qa), (lmdb, self.lmdb), (output, self.output)]
+        return [
+            word
+            for name, (path, usual) in zip(names, paths)
+            for word in (name, os.fspath(usual if path is None else path))
+        ]
 
     def files(self) -> dict[str, bytes]:
         """All files below the folder, and what is in them."""
@@ -186,18 +186,9 @@ class Experiment:
         command = [sys.executable, str(SCRIPT), *self.arguments(qa, lmdb, output), *options]
         return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
 
-    def run_process(
-        self,
-        *options: str,
-        code: int = 0,
-        stdin: bytes = b"",
-        qa: Any = None,
-        lmdb: Any = None,
-        output: Any = None,
-        **how: Any,
-    ) -> Result:
-        """Runs the command as a process; `how` is for Popen."""
-        with self.start(*options, qa=qa, lmdb=lmdb, output=output, stdin=subprocess.PIPE, **how) as process:
+    def run_process(self, *options: str, code: int = 0, stdin: bytes = b"", **how: Any) -> Result:
+        """Runs the command as a process; `how` is for `start`."""
+        with self.start(*options, stdin=subprocess.PIPE, **how) as process:
             return self.end(process, *options, code=code, stdin=stdin)
 
     def end(self, process: Any, *options: str, code: int = 0, stdin: bytes | None = None) -> Result:

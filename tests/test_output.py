@@ -163,14 +163,6 @@ def test_standard_streams_are_read_and_written_and_appended_to(asked: Experiment
     assert asked.run_process(output=output).out.count('"generation"') == 1
 
 
-def test_a_named_pipe_gets_the_lines_and_stays_one(asked: Experiment) -> None:
-    os.mkfifo(asked.output)
-    said = bash(f"cat out.jsonl & python {SCRIPT} {shlex.join(asked.arguments())}; wait", asked.folder)
-    assert said.stdout.startswith('{"prompt": "q", "generation": ')
-    assert said.stderr.endswith(f"wrote 1 line to {asked.output}\n")
-    assert asked.output.is_fifo()
-
-
 def test_a_reader_of_the_output_that_goes_away_ends_the_run_quietly(asked: Experiment) -> None:
     asked.qa.write_bytes(LINE * 10_000)
     with asked.start(output="-") as process:

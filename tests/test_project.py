@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,6 @@ EXAMPLE = f"python {PROJECT}/example_reconstruct.py"
 README = (PROJECT / "README_reconstruction.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```\w*\n(.*?)^```", README)
 LINES = [line.strip().removeprefix("$ ") for line in README.replace("\\\n", "").splitlines()]
-
-
-def test_the_module_is_of_a_size_that_can_be_read_and_needs_nothing_but_lmdb_and_tqdm() -> None:
-    lines, nodes = TEXT.splitlines(), list(ast.walk(ast.parse(TEXT)))
-    assert len(lines) <= 1_200
-    assert sum(map(len, lines)) / len(lines) <= 49
-    assert sum(len(line) > 100 for line in lines) <= len(lines) / 10
-    assert max((node.end_lineno or 0) - node.lineno for node in nodes if isinstance(node, ast.FunctionDef)) < 60
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"lmdb", "tqdm"}
 
 
 def test_the_file_works_alone_beside_modules_with_unlucky_names_and_says_no_word_more(asked: Experiment) -> None:
