@@ -6,11 +6,10 @@
 """Rebuild the JSONL of an inference run from its QA file and the activations logger's LMDB.
 
 The logger keeps each request as an entry in LMDB, under the SHA-256 of its prompt. This script makes
-the prompt of each QA line, looks up its hash, and writes the QA line with the generation added:
+the prompt of each QA line, looks up its hash, and writes the QA line with the generation added. If QA lines
+have no entry, `explain` says what the store holds. The flow:
 
     read_qa_lines → parse_qa → PromptTemplate.make_prompt → key_of → EntryFinder.find → merge → open_output
-
-Where QA lines have no entry, `explain` says which prompts the store holds instead.
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ def progress_bar(what: str, size: int | None, shown: bool) -> Iterator[Callable[
 
 
 # --- QA lines and prompts ---
-# Reads the QA file line by line, and makes of each line the prompt that the model received.
+# Reads the QA file line by line, and makes the prompt that the model received.
 
 BUFFER_SIZE = 1 << 18  # bytes
 PACKED_FORMATS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "ZIP"}
@@ -151,7 +150,7 @@ def read_qa_lines(path: str, progress: bool) -> Iterator[tuple[int, bytes]]:
             if qa_file.isatty():
                 log.info("reading QA lines from the terminal; Ctrl-D ends them")
             for magic, name in PACKED_FORMATS.items():
-                if qa_file.peek().startswith(magic):  # a packed line may look like JSON by chance
+                if qa_file.peek().startswith(magic):  # before its bytes are taken for lines
                     hint = "" if name == "ZIP" else f"--qa_output_path <({name} -dc {shlex.quote(path)})"
                     raise ReconstructionError(f"{path} is compressed ({name})", hint)
             if qa_file.peek().startswith(b"\xef\xbb\xbf"):
@@ -240,7 +239,9 @@ class PromptTemplate:
         typed = self.text.replace("\\", "\\\\").replace("\n", "\\n")
         if typed.isprintable():
             return f"--prompt_template={shlex.quote(typed)}"
-        spelled = re.sub(r"[\\']|[^ -~]", lambda c: "".join(f"\\x{byte:02x}" for byte in c[0].encode()), typed)
+        spelled = re.sub(
+            r"[\\']|[^ -~]", lambda c: "".join(f"\\x{byte:02x}" for byte in c[0].encode(errors="replace")), typed
+        )
         return f"--prompt_template=$'{spelled}'"  # a terminal would obey what is not printable
 
 
@@ -286,7 +287,7 @@ class ValueFile(io.RawIOBase):
         self._position, self._end = start, start + size
 
     def read(self, size: int = -1) -> bytes:
-        rest = self._end - self._position
+        rest = max(0, self._end - self._position)
         data = self._read_at(self._position, rest if size < 0 else min(size, rest))
         self._position += len(data)
         return data
@@ -300,8 +301,7 @@ class ValueFile(io.RawIOBase):
 def read_entry(load: Callable[[], object]) -> tuple[object, Entry]:
     """Loads a value. Returns its prompt, or None, and its entry. Raises CorruptedEntry.
 
-    The metadata store holds the logged fields themselves, the activations store `{"data": fields, …}`, or
-    from the earliest loggers, the fields.
+    The metadata store holds the logged fields, the activations store `{"data": fields, …}` or, early on, the fields.
     """
     try:
         logged = load()
@@ -357,7 +357,7 @@ def newest_entry(values: Iterable[Callable[[], object]], prompt: str) -> Entry |
 
 # --- Stores ---
 # Finds the values of a prompt. A damaged store can end the process that reads it through lmdb. So a child
-# process reads all of it first, and if that fails, the store's file is scanned for entries.
+# process looks up every key first, and if that fails, the store's file is scanned for entries.
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOCK_PATIENCE = 5  # seconds; a lock server that is down never answers
@@ -372,7 +372,7 @@ def exit_on_stop_signals() -> None:
 
     def stop(number: int, frame: object) -> None:
         for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleanup
         raise SystemExit(128 + number)
 
     for number in STOP_SIGNALS:
@@ -389,13 +389,13 @@ def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # about other threads
             child = os.fork()
-        if child == 0:
-            answer_and_exit(shared, mask, function, arguments)
     except OSError as error:
-        raise ReconstructionError(f"cannot start a process: {error.strerror}") from error
-    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise ReconstructionError(f"cannot start a process: {error.strerror}") from error
+    if child == 0:
+        answer_and_exit(shared, mask, function, arguments)
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.waitpid(child, 0)
     except ChildProcessError:
         pass  # it has ended, and the caller ignores SIGCHLD
@@ -412,7 +412,7 @@ def answer_and_exit(shared: mmap.mmap, mask: Any, function: Callable[..., object
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        sys.stderr = os.fdopen(os.dup(2), "w")  # for the progress bar
+        sys.stderr = os.fdopen(os.dup(2), "w", errors="replace")  # for the progress bar
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where lmdb writes as it aborts
         shared.write(json.dumps(function(*arguments)).encode())
     finally:
@@ -504,7 +504,7 @@ def read_claims(path: str, lock: bool) -> dict[str, int]:
 
 
 def check(path: str, lock: bool, progress: bool) -> dict[str, int]:
-    """Reads a whole store, and returns its numbers of keys and entries. Runs in a child process."""
+    """Looks up every key, and returns the numbers of keys and entries. Runs in a child process."""
     signal.alarm(LOCK_PATIENCE)
     with open_lmdb(path, lock) as store, store.begin() as scan, store.begin(buffers=True) as lookup:
         signal.alarm(0)
@@ -516,7 +516,7 @@ def check(path: str, lock: bool, progress: bool) -> dict[str, int]:
 def look_up_every_entry(scan: Any, lookup: Any, advance: Callable[[int], object]) -> dict[str, int]:
     keys = entries = 0
     claimed = scan.stat()["entries"]
-    for key in itertools.islice(scan.cursor().iternext(values=False), claimed + 1):  # a damaged tree has no end
+    for key in itertools.islice(scan.cursor().iternext(values=False), claimed + 1):  # a damaged tree may loop
         keys += 1
         if not key or (len(key) == 64 and key.translate(None, b"0123456789abcdef")):
             raise ValueError("a key is damaged")  # what was cut off a page reads as zeros
@@ -650,7 +650,7 @@ class EntryFinder:
             self._open_next_store()
 
     def _open_next_store(self) -> bool:
-        """Opens the next store. Returns whether it could. Raises UnusableStore if none is left."""
+        """Opens the next store. Returns whether it could. Raises UnusableStore if all fail."""
         if not self._unopened:
             return False
         try:
@@ -722,7 +722,7 @@ class EntryFinder:
 
 LINE_WARNINGS = 3  # of each kind; the summary has the counts
 MATCHED_SAMPLE_SIZE = 100  # QA lines
-UNMATCHED_SAMPLE_SIZE = 300  # QA lines, of which a half are the first ones
+UNMATCHED_SAMPLE_SIZE = 300  # QA lines; half of them are the first ones
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
@@ -829,7 +829,7 @@ class Join:
 
 @contextlib.contextmanager
 def open_output(path: str) -> Iterator[BinaryIO]:
-    """Opens a pipe, or a temporary file that replaces the output once it is complete."""
+    """Opens a stream, or a temporary file that replaces the output once it is complete."""
     try:
         if path == "/dev/stdout" or (os.path.exists(path) and not os.path.isfile(path)):
             # Opening /dev/stdout would truncate what the shell opened with `>>`.
@@ -862,8 +862,8 @@ MAX_TEXTS = 40  # per QA line to look for
 MAX_CANDIDATES = 100  # templates to try
 TELLING_SIZE = 16  # bytes; a shorter text may be in a prompt by chance
 BEGINNING, END = 12, 8  # characters in which prompts of a group are alike
-SHOWN_KINDS, SHOWN_GROUPS = 4, 2  # kinds that templates make, and groups that none makes
-PRIVATE_USE = 0xE000  # the first of the code points that no text has
+SHOWN_KINDS, SHOWN_GROUPS = 4, 2  # kinds with a template, groups without
+PRIVATE_USE = 0xE000  # code points that few texts have
 DIFFERENCES: dict[str, Callable[[str], str]] = {  # by the function that removes them
     "white space": lambda text: "".join(text.split()),
     "case": str.casefold,
@@ -991,7 +991,7 @@ def unexplained(best_texts: dict[str, Texts], kinds: list[Kind], join: Join) -> 
 def explain(join: Join) -> ReconstructionError:
     """Returns an error that says why QA lines have no entry, with a hint if anything can be done."""
     sample, matched, bare = join.unmatched_sample, join.matched_sample, ReconstructionError(headline(join))
-    if not sample or not join.finder.unused_prompts(0):  # some questions were not asked
+    if not sample or not join.finder.unused_prompts(0):  # every prompt has a line
         return bare
     by_depth = (sorted(texts_of(qa), key=lambda field: field[0].count(".")) for qa in sample)
     texts_of_lines = [dict(texts[:MAX_TEXTS]) for texts in by_depth]
@@ -1035,8 +1035,8 @@ def headline(join: Join) -> str:
     if not any(store.entries for store in join.finder.stores):
         return "nothing matched: the store is empty"
     if not join.unmatched_count:
-        return f"nothing matched: {counted(counts.corrupted, 'entry', 'entries')} found, but none is usable"
-    if not counts.without_entry:
+        return f"nothing matched: no usable entry for {counted(counts.corrupted, 'QA line')}"
+    if not counts.without_entry and not counts.corrupted:
         names = dict.fromkeys(name for qa in join.unmatched_sample for name, _ in texts_of(qa))
         return f"no QA line has text in {listed(join.field_names)}; found: {listed(names, 20) or 'no fields'}"
     return f"none of {counted(counts.qa_lines, 'QA line')} has a usable entry"
@@ -1113,7 +1113,7 @@ def reconstruct_inference(
         with open_output(output) as file:
             file.write(first)
             file.writelines(merged)
-            explanation = explain(join)  # before the output is replaced
+            explanation = explain(join)  # a stop here keeps the old file
         if explanation.hint:
             log.warning("%s", explanation)
     summarize(join)
@@ -1159,7 +1159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output_path", **path, help="generation.jsonl to write; `-` is standard output")
     add("--prompt_template", action="append", metavar="TEMPLATE", help=how)
     add("--prompt_as_sent", action="store_true", help="put the prompt as sent into `prompt`, as HalluLens does")
-    add("--verbose", action="store_true", help="log each QA line's hash and outcome, and all warnings")
+    add("--verbose", action="store_true", help="log the hash and outcome of QA lines, and all warnings")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     options = vars(parser.parse_args(argv))
     for name, value in options.items():

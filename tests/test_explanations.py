@@ -241,7 +241,7 @@ def test_without_the_templates_field_others_are_named(experiment: Experiment, li
 def test_of_entries_that_cannot_be_used_nothing_else_is_said(asked: Experiment) -> None:
     asked.ask("q", "w")
     asked.log(logged("q", None), logged("w", 7), logged("e"))
-    assert re.fullmatch("nothing matched: 2 entries found, .* none .*\n", asked.run(code=1).error())
+    assert re.fullmatch("nothing matched: .* usable .* 2 QA lines\n", asked.run(code=1).error())
     write_store(asked.metadata, [(prompt_of("q"), logged("another"))])
     assert asked.run(code=1).error() == "none of 2 QA lines has a usable entry\n"
 

@@ -372,7 +372,7 @@ def test_the_command_limits_its_memory_and_leaves_room_for_the_longest_value(ask
 def test_an_entry_that_lmdb_can_no_longer_read_is_corrupted(alone: Experiment) -> None:
     (alone.metadata / "lock.mdb").unlink()  # so that each line has a transaction of its own
     pages = (number(120) + b".{8}", number(120) + number(5000))
-    assert "120 entries found" in run_meanwhile(alone, lambda: change(alone.metadata, *pages), code=1).error()
+    assert "120 QA lines" in run_meanwhile(alone, lambda: change(alone.metadata, *pages), code=1).error()
 
 
 def test_without_a_lock_what_a_logger_overwrites_meanwhile_is_still_found(alone: Experiment) -> None:
