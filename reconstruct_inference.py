@@ -149,12 +149,12 @@ def read_qa_lines(path: str, progress: bool) -> Iterator[tuple[int, bytes]]:
         with io.BufferedReader(io.FileIO(path), BUFFER_SIZE) as qa_file:
             if qa_file.isatty():
                 log.info("reading QA lines from the terminal; Ctrl-D ends them")
+            if (beginning := qa_file.peek()).startswith(b"\xef\xbb\xbf"):
+                qa_file.read(3)  # a byte order mark
             for magic, name in PACKED_FORMATS.items():
-                if qa_file.peek().startswith(magic):  # before its bytes are taken for lines
+                if beginning.startswith(magic):  # before its bytes are taken for lines
                     hint = "" if name == "ZIP" else f"--qa_output_path <({name} -dc {shlex.quote(path)})"
                     raise ReconstructionError(f"{path} is compressed ({name})", hint)
-            if qa_file.peek().startswith(b"\xef\xbb\xbf"):
-                qa_file.read(3)  # a byte order mark
             size = os.fstat(qa_file.fileno()).st_size or None  # a pipe has none
             with progress_bar("QA file", size, progress) as advance:
                 for number, line in enumerate(qa_file, 1):
@@ -722,7 +722,7 @@ class EntryFinder:
 
 LINE_WARNINGS = 3  # of each kind; the summary has the counts
 MATCHED_SAMPLE_SIZE = 100  # QA lines
-UNMATCHED_SAMPLE_SIZE = 300  # QA lines; half of them are the first ones
+UNMATCHED_SAMPLE_SIZE = 300  # QA lines; half are the first ones
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
@@ -1113,7 +1113,7 @@ def reconstruct_inference(
         with open_output(output) as file:
             file.write(first)
             file.writelines(merged)
-            explanation = explain(join)  # a stop here keeps the old file
+            explanation = explain(join)  # a stop keeps the old file
         if explanation.hint:
             log.warning("%s", explanation)
     summarize(join)

@@ -158,7 +158,7 @@ def test_standard_streams_are_read_and_written_and_appended_to(asked: Experiment
         result = asked.run_process(qa=qa, output=output, stdin=b"\n\n[]\n" + LINE, stdout=file)
     assert result.counts() == {"QA lines": 2, "matched": 1, "malformed": 1}
     assert result.warnings()[0].startswith("/dev/stdin:3: ")
-    assert "wrote 1 line to /dev/stdout" in result.err
+    assert "wrote 1 line to /dev/stdout\n" in result.err
     assert [line.get("generation") for line in result.lines] == [None, " An answer."]
     assert asked.run_process(output=output).out.count('"generation"') == 1
 
