@@ -20,7 +20,6 @@ def experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Experiment
 
 @pytest.fixture
 def asked(experiment: Experiment) -> Experiment:
-    """An experiment of one question, which has an entry."""
     experiment.ask("q")
     experiment.log(logged("q"))
     return experiment
