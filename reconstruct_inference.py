@@ -22,6 +22,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
 import argparse
 import collections
 import contextlib
+import copyreg
 import functools
 import hashlib
 import importlib.util
@@ -400,8 +401,9 @@ def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
     except ChildProcessError:
         pass  # it has ended, and the caller ignores SIGCHLD
     except BaseException:
-        os.kill(child, signal.SIGTERM)  # a reader left in a live store makes it grow
-        os.waitpid(child, 0)
+        with contextlib.suppress(OSError):  # if it has just ended
+            os.kill(child, signal.SIGTERM)  # a reader left in a live store makes it grow
+            os.waitpid(child, 0)
         raise
     return json.loads(shared[: shared.find(b"\0")] or b"null")
 
@@ -447,7 +449,6 @@ def lock_file(store_path: str) -> str:  # where LMDB registers its readers
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Returns whether two paths lead to the same file."""
     with contextlib.suppress(OSError):  # one of them does not exist
         return os.path.samefile(one, other)
     return False
@@ -970,7 +971,6 @@ def group_alike(texts_in: dict[str, Texts]) -> list[list[str]]:
 
 
 def letters_of(text: str) -> str:
-    """Returns what is left of a text without white space, case, accents and punctuation."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text).casefold()))
 
 
@@ -1043,12 +1043,10 @@ def headline(join: Join) -> str:
 
 
 def answers(entries: Sequence[Entry]) -> str:
-    """Returns a line with the models that answered and one of the answers."""
     return f"\n     {listed(sorted(set(map(model_name, entries))), 2)} answered {quoted(entries[0]['generation'], 60)}"
 
 
 def describe_difference(stored: str, tried: str) -> str:
-    """Returns what differs in two prompts, and both, in ASCII so that it can be seen."""
     cause = next(cause for cause, equal in DIFFERENCES.items() if equal(tried) == equal(stored))
     common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tried, stored))))
     excerpts = [ascii(text[max(0, common - 60) : common + 100]) for text in (tried, stored)]
@@ -1102,6 +1100,8 @@ def reconstruct_inference(
         pass  # a standard stream is closed, and a store would be opened in its place
     os.close(descriptor)
     with _one_run, contextlib.ExitStack() as stack:
+        copyreg.clear_extension_cache()  # the unpickler takes from it without asking
+        stack.callback(copyreg.clear_extension_cache)
         finder = EntryFinder(stores, progress, stack)
         join = Join(qa_path, finder, templates, prompt_as_sent)
         merged = join.merge_lines(progress)
