@@ -240,10 +240,8 @@ class PromptTemplate:
         typed = self.text.replace("\\", "\\\\").replace("\n", "\\n")
         if typed.isprintable():
             return f"--prompt_template={shlex.quote(typed)}"
-        spelled = re.sub(
-            r"[\\']|[^ -~]", lambda c: "".join(f"\\x{byte:02x}" for byte in c[0].encode(errors="replace")), typed
-        )
-        return f"--prompt_template=$'{spelled}'"  # a terminal would obey what is not printable
+        shown = re.sub(r"[\\']|[^ -~]", lambda c: "".join(f"\\x{b:02x}" for b in c[0].encode(errors="replace")), typed)
+        return f"--prompt_template=$'{shown}'"  # a terminal would obey it
 
 
 def key_of(prompt: str) -> bytes:
@@ -563,7 +561,7 @@ class LmdbStore:
 # How a pickled dictionary begins, in protocols 2 and 3 and, with frames, in later ones. LMDB keeps a value
 # in one piece, and a pickle says where it ends.
 PICKLED_DICTIONARY = re.compile(rb"(?s)\x80(?:[\x02\x03]|[\x04\x05]\x95.{8})\}")
-LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # in the first two pages, of at most 64 kB each
+LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # in the first two pages
 SCAN_BLOCK = 1 << 12  # bytes, which one bad sector costs
 OVERLAP = 11  # bytes, so that no beginning is cut
 
@@ -1102,6 +1100,8 @@ def reconstruct_inference(
     with _one_run, contextlib.ExitStack() as stack:
         copyreg.clear_extension_cache()  # the unpickler takes from it without asking
         stack.callback(copyreg.clear_extension_cache)
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)
+        sys.excepthook = lambda *error: None  # CPython calls it for a bytearray of absurd size
         finder = EntryFinder(stores, progress, stack)
         join = Join(qa_path, finder, templates, prompt_as_sent)
         merged = join.merge_lines(progress)

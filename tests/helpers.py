@@ -158,12 +158,9 @@ class Experiment:
     def arguments(self, qa: Any = None, lmdb: Any = None, output: Any = None) -> list[str]:
         """The three paths as options, those of this experiment unless others are given."""
         names = ["--qa_output_path", "--lmdb_path", "--output_path"]
-        paths = [(qa, self.qa), (lmdb, self.lmdb), (output, self.output)]
-        return [
-            word
-            for name, (path, usual) in zip(names, paths)
-            for word in (name, os.fspath(usual if path is None else path))
-        ]
+        given = [(qa, self.qa), (lmdb, self.lmdb), (output, self.output)]
+        paths = [usual if path is None else path for path, usual in given]
+        return [os.fspath(word) for pair in zip(names, paths) for word in pair]
 
     def files(self) -> dict[str, bytes]:
         """All files below the folder, and what is in them."""

@@ -353,8 +353,7 @@ def test_python_users_get_log_records_of_the_usual_levels(asked: Experiment, cap
     asked.ask("q", *[{"n": 1}] * 5)
     caplog.set_level("DEBUG", "reconstruct_inference")
     reconstruct_inference(asked.qa, asked.lmdb, asked.output, prompt_template=prompt_of("{prompt}"))
-    levels = [record.levelname for record in caplog.records]
-    assert levels == ["DEBUG"] + ["WARNING"] * 3 + ["DEBUG"] * 2 + ["INFO"] * 4
+    assert [record.levelname for record in caplog.records] == ["DEBUG"] + ["WARNING"] * 3 + ["DEBUG"] * 2 + ["INFO"] * 4
     assert {record.name for record in caplog.records} == {"reconstruct_inference"}
 
 

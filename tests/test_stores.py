@@ -328,8 +328,7 @@ def test_a_store_whose_name_is_not_utf_8_is_read_with(experiment: Experiment, pr
 
 
 def test_without_dev_fd_a_store_is_read(asked: Experiment, monkeypatch: Any) -> None:
-    isdir = os.path.isdir
-    monkeypatch.setattr(os.path, "isdir", lambda path: path != "/dev/fd" and isdir(path))
+    monkeypatch.setattr(os.path, "isdir", lambda path, isdir=os.path.isdir: path != "/dev/fd" and isdir(path))
     monkeypatch.setattr(os, "listdir", Mock(side_effect=FileNotFoundError))
     assert asked.run().warnings() == []
 
@@ -425,3 +424,9 @@ def test_a_fork_that_fails_ends_the_run_and_leaves_no_signal_blocked(both: Exper
     result = both.run(code=1)
     assert (result.warnings(), signal.pthread_sigmask(signal.SIG_BLOCK, [])) == ([], set())
     assert "process: Resource temporarily unavailable" in result.error()
+
+
+def test_a_signal_as_the_check_ends_is_a_stop_like_any_other(asked: Experiment, monkeypatch: Any) -> None:
+    wait, stop = os.waitpid, Mock(side_effect=SystemExit(143))
+    monkeypatch.setattr(os, "waitpid", lambda *child: wait(*child) and stop())
+    assert "stopped" in asked.run(code=143).error()
