@@ -104,6 +104,12 @@ def process_state_kept() -> Iterator[None]:
             logging.addLevelName(level, name)
 
 
+def set_stop_signals(ignored: int = 0) -> None:
+    """Sets what a new process inherits, whatever the tests were started with, which may be nohup."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
+
 class Result(SimpleNamespace):
     """What a run left: exit code, standard output, standard error, and the output's lines if there is one."""
 
@@ -179,9 +185,10 @@ class Experiment:
         return self._result(options, code, given, *self._capsys.readouterr())
 
     def start(self, *options: str, qa: Any = None, lmdb: Any = None, output: Any = None, **how: Any) -> Any:
-        """Starts the command as a process; `how` is for Popen."""
+        """Starts the command as a process, by default one that ignores no signal; `how` is for Popen."""
         command = [sys.executable, str(SCRIPT), *self.arguments(qa, lmdb, output), *options]
-        return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
+        usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": set_stop_signals}
+        return subprocess.Popen(command, **{**usual, **how})
 
     def run_process(self, *options: str, code: int = 0, stdin: bytes = b"", **how: Any) -> Result:
         """Runs the command as a process; `how` is for `start`."""

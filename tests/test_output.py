@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import DEADLINE, SCRIPT, STOP_SIGNALS, Experiment, bash, logged, read_lines
+from helpers import DEADLINE, SCRIPT, STOP_SIGNALS, Experiment, bash, logged, read_lines, set_stop_signals
 
 from reconstruct_inference import reconstruct_inference
 
@@ -35,13 +35,8 @@ def state_of(asked: Experiment) -> dict[str, Any]:
 @contextlib.contextmanager
 def halfway(asked: Experiment, ignored: int = 0) -> Iterator[Any]:
     """A run that has begun to write its output, and waits for its second QA line."""
-
-    def set_signals() -> None:  # whatever the tests were started with, which may be nohup, too
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
-
     asked.output.write_bytes(OLD)
-    with asked.start(qa="-", stdin=subprocess.PIPE, bufsize=0, preexec_fn=set_signals) as process:
+    with asked.start(qa="-", stdin=subprocess.PIPE, bufsize=0, preexec_fn=lambda: set_stop_signals(ignored)) as process:
         process.stdin.write(LINE)
         deadline = time.monotonic() + DEADLINE
         while len(os.listdir(asked.folder)) == 3:
