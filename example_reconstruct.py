@@ -80,15 +80,15 @@ def show(folder: Path) -> None:
     )
     print("\n3. The command:\n")
     print(shlex.join(command(qa_path, lmdb_path, output_path)))
-    print("\n4. What it says:\n", flush=True)
+    print("\n4. Its messages:\n", flush=True)
     with contextlib.redirect_stderr(sys.stdout):
         reconstruct_inference.main(command(qa_path, lmdb_path, output_path)[2:])
     rebuilt = [json.loads(line) for line in output_path.read_text(encoding="utf-8").splitlines()]
-    print("\n5. The first line that it wrote, spread out:\n")
+    print("\n5. The first line that it wrote, indented:\n")
     print(json.dumps(rebuilt[0], indent=4, ensure_ascii=False))
     right = sum(line["generation"] == RESPONSES[line["index"]] for line in rebuilt)
-    print(f"\n{right} of {len(RESPONSES)} answers are those that were logged. All files are in {folder}.")
-    print("\nOn your own data, put your paths in the place of the capital letters:\n")
+    print(f"\n{right} of {len(RESPONSES)} generations match what was logged. All files are in {folder}.")
+    print("\nFor your own data, replace the names in capital letters with your paths:\n")
     own = command("YOUR_QA.jsonl", "YOUR_LMDB", "generation.jsonl")
     print(f"cd YOUR_FOLDER && {shlex.join(own)}")
 

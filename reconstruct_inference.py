@@ -6,8 +6,7 @@
 """Rebuild the JSONL of an inference run from its QA file and the activations logger's LMDB.
 
 The logger keeps each request as an entry in LMDB, under the SHA-256 of its prompt. This script makes
-the prompt of each QA line, looks up its hash, and writes the QA line with the generation added. If QA lines
-have no entry, `explain` says what the store holds. The flow:
+the prompt of each QA line, looks up its hash, and writes the QA line with the generation. The flow:
 
     read_qa_lines → parse_qa → PromptTemplate.make_prompt → key_of → EntryFinder.find → merge → open_output
 """
@@ -16,13 +15,11 @@ from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
-    del sys.path[0]  # the script's own folder, where a `types.py` would be imported as Python's own
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):  # 3.10 lacks it
+    del sys.path[0]  # the script's folder: a `types.py` there would hide Python's
 
 import argparse
-import collections
-import contextlib
-import copyreg
+import fnmatch
 import functools
 import hashlib
 import importlib.util
@@ -43,7 +40,9 @@ import time
 import types
 import unicodedata
 import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, BinaryIO, NamedTuple
 
 if __name__ == "__main__":
@@ -56,18 +55,19 @@ import lmdb
 
 __version__ = "3.0.0"
 
-# Servers log a chat message as `role: content`. Since February 2026, they log a single one bare.
+# Servers log chat messages as `role: content`. Later ones log a single message without its role.
 DEFAULT_PROMPT_TEMPLATE = "user: Answer in one sentence. Q:{prompt}\n A:"
 DEFAULT_PROMPT_TEMPLATES = (DEFAULT_PROMPT_TEMPLATE, DEFAULT_PROMPT_TEMPLATE.removeprefix("user: "))
 
 QA = dict[str, Any]  # the JSON object of a QA line
-Entry = dict[str, Any]  # what an entry adds to its QA line
+Entry = dict[str, Any]  # the fields that an entry adds to a QA line
+Loader = Callable[[], object]  # decodes the value of an entry
 
 log = logging.getLogger("reconstruct_inference")
 
 
 class ReconstructionError(Exception):
-    """A problem that the user can solve. `hint` says how, in terms of the command line."""
+    """A problem that the user can solve. `hint` says how, on the command line."""
 
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(f"{text}\nhint: {hint}" if hint else text)
@@ -82,35 +82,27 @@ class CorruptedEntry(Exception):
     """An entry cannot be used. The text is the reason."""
 
 
-class ModelCount(types.SimpleNamespace):
-    """How many lines a model answered, and when: the first and last timestamp, in seconds."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-        self.first = self.last = 0.0  # since 1970; 0 if no entry has a timestamp
-
-
 class Counts(types.SimpleNamespace):
-    """What a run found. `qa_lines` is the sum of the four counts that follow it."""
+    """What was found. `qa_lines` is the sum of the four next counts."""
 
     def __init__(self) -> None:
-        self.qa_lines = 0  # lines of the QA file that are not blank
+        self.qa_lines = 0  # lines that are not blank
         self.matched = 0  # lines written
         self.without_entry = 0  # QA lines whose prompt is in no store
-        self.malformed = 0  # QA lines that are not JSON objects or lack the template's fields
-        self.corrupted = 0  # QA lines whose entry was found but cannot be used
-        self.models: dict[str, ModelCount] = collections.defaultdict(ModelCount)  # of the matched lines
+        self.malformed = 0  # QA lines that are not JSON objects or lack a field
+        self.corrupted = 0  # QA lines whose entry cannot be used
+        self.models: Counter[str] = Counter()  # matched lines, by model
 
 
 def quoted(text: str, limit: int = 160) -> str:
-    """Returns a text in quotes, on one line. The middle of a long one is left out."""
-    return repr(text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}")
+    """Returns a text in quotes, on one line, without the middle of a long one."""
+    return repr(text if len(text) <= limit else f"{text[: limit // 2]} … {text[-(limit // 2) :]}")
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Returns the first few of some names, as a list within a sentence."""
+    """Returns the first few names, as a list within a sentence."""
     names = [f"`{name}`" if name.isprintable() else ascii(name) for name in names]
-    return ", ".join(names[:limit] + ["…"] * (len(names) > limit))
+    return ", ".join(names[:limit] + (["…"] if len(names) > limit else []))
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
@@ -118,43 +110,42 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-@contextlib.contextmanager
+@contextmanager
 def progress_bar(what: str, size: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
-    """Shows a bar on the terminal. Yields a function that advances it by a number of bytes."""
+    """Shows a bar on the terminal. Yields a function that advances it, by bytes."""
     if not shown:
-        yield lambda number_of_bytes: None
+        yield lambda size: None
         return
-    from tqdm import tqdm  # only here, because the import takes longer than a small run
+    from tqdm import tqdm  # slow to import
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    with tqdm(desc=what, total=size, unit="B", unit_scale=True, leave=False) as bar:
+    with logging_redirect_tqdm(), tqdm(desc=what, total=size, unit="B", unit_scale=True, leave=False) as bar:
         yield bar.update
-        bar.refresh()  # to show 100 %
+        bar.refresh()  # to show 100%
 
 
 # --- QA lines and prompts ---
-# Reads the QA file line by line, and makes the prompt that the model received.
+# Reads the QA file line by line, and makes the prompts that the model received.
 
 BUFFER_SIZE = 1 << 18  # bytes
 PACKED_FORMATS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "ZIP"}
-CSV_TO_JSONL = "import csv, json, sys; csv.field_size_limit(10**9); print(*map(json.dumps, csv.DictReader("
+CSV_TO_JSONL = "import csv, json, sys; print(*map(json.dumps, csv.DictReader("
 CSV_TO_JSONL += "open(sys.argv[1], newline='', encoding='utf-8-sig'))), sep='\\n')"
-MAX_DEPTH = 4  # of objects and lists in a QA line
-FIELD_NAME = re.compile(r"(?!\d+$)[^{}\[!:]+")  # what can stand in a template's braces
-_decode_json = json.JSONDecoder().raw_decode
-_new_hash = hashlib.sha256().copy  # faster than sha256(), which looks the algorithm up in OpenSSL
+MAX_ITEMS = 100  # of a list or object; longer ones are tokens or vectors
+_decode_json = json.JSONDecoder().raw_decode  # faster than json.loads
+FIELD_NAME = re.compile(r"(?!\d+$)[^{}\[!:]+")  # in a template's braces; {0} would be a position
 
 
 def read_qa_lines(path: str, progress: bool) -> Iterator[tuple[int, bytes]]:
-    """Yields the number and the bytes of each line that is not blank. Raises ReconstructionError."""
+    """Yields the numbers and bytes of the lines that are not blank. Raises ReconstructionError."""
     try:
-        with io.BufferedReader(io.FileIO(path), BUFFER_SIZE) as qa_file:
+        # Opening /dev/stdin would read a file from its start again.
+        with io.BufferedReader(io.FileIO(os.dup(0) if path == "/dev/stdin" else path), BUFFER_SIZE) as qa_file:
             if qa_file.isatty():
-                log.info("reading QA lines from the terminal; Ctrl-D ends them")
-            if (beginning := qa_file.peek()).startswith(b"\xef\xbb\xbf"):
-                qa_file.read(3)  # a byte order mark
+                log.info("reading QA lines from the terminal; Ctrl-D to finish")
             for magic, name in PACKED_FORMATS.items():
-                if beginning.startswith(magic):  # before its bytes are taken for lines
-                    hint = "" if name == "ZIP" else f"--qa_output_path <({name} -dc {shlex.quote(path)})"
+                if qa_file.peek().startswith(magic):  # a ZIP may contain JSON lines
+                    hint = "" if name == "ZIP" else f"use --qa_output_path <({name} -dc {shlex.quote(path)})"
                     raise ReconstructionError(f"{path} is compressed ({name})", hint)
             size = os.fstat(qa_file.fileno()).st_size or None  # a pipe has none
             with progress_bar("QA file", size, progress) as advance:
@@ -169,45 +160,48 @@ def read_qa_lines(path: str, progress: bool) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_qa(line: bytes) -> QA:
-    """Returns the JSON object of a QA line. Raises ValueError or RecursionError if it is not one."""
-    text = line.decode().strip()
+    """Returns the JSON object of a QA line. Raises ValueError or RecursionError if there is none."""
+    text = line.decode().strip("\ufeff\t\r\n ")  # with a byte order mark
     qa, end = _decode_json(text)
     if type(qa) is not dict or end < len(text):
-        raise ValueError("it is another value, or text follows it")
+        raise ValueError("another JSON type, or text after it")
     return qa
 
 
 def not_json_lines(path: str, first_line: bytes) -> ReconstructionError:
-    """Returns the error for a QA file without JSON objects. It names a format only if it is certain."""
+    """Returns the error for a QA file without JSON objects. Names a format only if certain."""
     if not first_line:
         return ReconstructionError(f"{path} is empty or has only blank lines")
     text, file = first_line.decode(errors="backslashreplace").strip(), shlex.quote(path)
     hint = "expected JSON Lines: one JSON object per line, in UTF-8"
     if first_line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        hint = f"it is in UTF-16: --qa_output_path <(iconv -f UTF-16 -t UTF-8 {file})"
+        hint = f"it is in UTF-16: use --qa_output_path <(iconv -f UTF-16 -t UTF-8 {file})"
     elif re.match(r"\[$|\[\s*\{", text):
-        hint = f"it is one JSON array: --qa_output_path <(jq -c '.[]' {file})"
-    elif path.lower().endswith(".csv"):
-        hint = f'it is CSV: python3 -c "{CSV_TO_JSONL}" {file} > {shlex.quote(path + ".jsonl")}'
+        hint = f"it is one JSON array: use --qa_output_path <(jq -c '.[]' {file})"
+    elif path.lower().endswith(".csv") and not re.search(r"[;\t\0]", text):
+        hint = f'it is CSV: run python3 -c "{CSV_TO_JSONL}" {file} > {shlex.quote(path + ".jsonl")}'
     return ReconstructionError(f"no line of {path} is a JSON object; it begins with {quoted(text, 80)}", hint)
 
 
-def texts_of(value: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Yields the names and texts of a QA line's fields, numbers and nested fields included."""
-    if type(value) in (str, int, float):
-        yield name, str(value)
-    items: Any = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
-    for step, item in items if depth < MAX_DEPTH else ():
-        yield from texts_of(item, f"{name}.{step}" if name else str(step), depth + 1)
+def texts_of(qa: QA) -> Iterator[tuple[str, str]]:
+    """Yields the names and texts of a QA line's fields, then of nested ones. Numbers are texts."""
+    fields: deque[tuple[str, Any]] = deque(qa.items())
+    while fields:
+        name, value = fields.popleft()
+        if type(value) in (str, int, float):
+            yield name, str(value)
+        elif type(value) in (dict, list) and len(value) <= MAX_ITEMS:
+            items = value.items() if type(value) is dict else enumerate(value)
+            fields.extend((f"{name}.{step}", item) for step, item in items)
 
 
 class PromptTemplate:
-    """Text in which `{name}`, or `{messages.0.content}` of nested ones, stands for a field."""
+    """Text in which `{name}`, or `{messages.0.content}` if nested, stands for a field."""
 
     def __init__(self, text: str) -> None:
         """Raises ValueError if the text cannot be used."""
         self.text = text
-        self.parts: list[tuple[str, str]] = []  # a text, and the name of the field that follows it
+        self.parts: list[tuple[str, str]] = []  # a text, and the field that follows it
         self.tail = ""
         try:
             for literal, name, spec, conversion in string.Formatter().parse(text):
@@ -223,44 +217,42 @@ class PromptTemplate:
             raise ValueError(f"{quoted(text)} cannot be used: {error}") from None
 
     def make_prompt(self, qa: QA) -> str:
-        """Returns the prompt for a QA line, or an empty text if the line lacks a field."""
+        """Returns the prompt for a QA line, or an empty string if it lacks a field."""
         try:
             prompt = ""
             for own_text, name in self.parts:
                 prompt += own_text + qa[name]
             return prompt + self.tail
-        except (KeyError, TypeError):  # a number, a dotted name, or nothing at all
+        except (KeyError, TypeError):  # a number, a nested field, or a missing one
             texts = dict(texts_of(qa))
             if not all(name in texts for _, name in self.parts):
                 return ""
             return "".join(own_text + texts[name] for own_text, name in self.parts) + self.tail
 
     def option(self) -> str:
-        """Returns the option that gives this template to the command, to be pasted into bash."""
+        """Returns this template as an option, to be pasted into bash."""
         typed = self.text.replace("\\", "\\\\").replace("\n", "\\n")
-        if typed.isprintable():
+        if typed.isprintable():  # a terminal would obey control characters
             return f"--prompt_template={shlex.quote(typed)}"
         shown = re.sub(r"[\\']|[^ -~]", lambda c: "".join(f"\\x{b:02x}" for b in c[0].encode(errors="replace")), typed)
-        return f"--prompt_template=$'{shown}'"  # a terminal would obey it
+        return f"--prompt_template=$'{shown}'"
 
 
 def key_of(prompt: str) -> bytes:
-    """Returns the key that the logger gives to a prompt: the SHA-256 of its UTF-8, in hex."""
-    prompt_hash = _new_hash()
-    prompt_hash.update(prompt.encode("utf-8", "surrogatepass"))  # no entry has surrogates
-    return prompt_hash.hexdigest().encode()
+    """Returns the key that the logger gives a prompt: the SHA-256 of its UTF-8, in hex."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest().encode()  # no entry has surrogates
 
 
 # --- Entries ---
-# Decodes what the logger kept of a request. A value is a pickle, and a pickle is a program: it names what
-# the unpickler imports and calls. So every name gives a stand-in that does nothing.
+# Decodes what the logger kept of a request. A pickle names what the unpickler imports and calls. Here,
+# every name becomes a stand-in that does nothing.
 
 ZERO_BLOCK = "\0" * 512  # a sector, the least that a disk loses
 MAX_TIMESTAMP = 253_402_300_799  # seconds since 1970, the end of the year 9999
 
 
 class Inert:
-    """Stands in unpickled data for whatever is not plain data."""
+    """Replaces what is not plain data."""
 
     def __init__(self, *arguments: object, **named: object) -> None:
         pass
@@ -272,17 +264,17 @@ class Inert:
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Unpickles without importing or calling anything that the pickle names."""
+    """Unpickles without importing or calling what the pickle names."""
 
     def find_class(self, *names: Any) -> Any:
         return Inert
 
 
 class ValueFile(io.RawIOBase):
-    """A value as a file that is read piece by piece, so that activations never come into memory."""
+    """A value that is read piece by piece, so that activations never come into memory."""
 
     def __init__(self, read_at: Callable[[int, int], bytes], start: int, size: int) -> None:
-        self._read_at = read_at  # called with a position and a number of bytes
+        self._read_at = read_at
         self._position, self._end = start, start + size
 
     def read(self, size: int = -1) -> bytes:
@@ -297,10 +289,10 @@ class ValueFile(io.RawIOBase):
         return len(buffer)
 
 
-def read_entry(load: Callable[[], object]) -> tuple[object, Entry]:
-    """Loads a value. Returns its prompt, or None, and its entry. Raises CorruptedEntry.
+def read_entry(load: Loader, prompt: str | None = None) -> tuple[object, Entry]:
+    """Returns the prompt and the entry of a value. Raises CorruptedEntry if it is unusable or of another prompt.
 
-    The metadata store holds the logged fields, the activations store `{"data": fields, …}` or, early on, the fields.
+    The metadata store has the logged fields, the activations store `{"data": fields, …}` or, once, the fields.
     """
     try:
         logged = load()
@@ -311,7 +303,9 @@ def read_entry(load: Callable[[], object]) -> tuple[object, Entry]:
     if type(logged) is not dict or type(logged.get("response")) is not str:
         raise CorruptedEntry("it has no text in `response`")
     if ZERO_BLOCK in logged["response"]:
-        raise CorruptedEntry("a part of its response was overwritten with zeros")
+        raise CorruptedEntry("part of its response was overwritten with zeros")
+    if prompt is not None and logged.get("prompt") not in (None, prompt):
+        raise CorruptedEntry("it was logged for a different prompt")
     entry = {
         "generation": logged["response"],
         "model": logged.get("model"),
@@ -325,54 +319,96 @@ def read_entry(load: Callable[[], object]) -> tuple[object, Entry]:
 
 
 def time_logged(entry: Entry) -> float:
-    """Returns when an entry was logged, in seconds since 1970, or 0 if it does not say."""
+    """Returns when an entry was logged, in seconds since 1970, or 0 if unknown."""
     timestamp = entry["timestamp"]
     return timestamp if type(timestamp) in (float, int) and 0 < timestamp <= MAX_TIMESTAMP else 0.0
 
 
 def model_name(entry: Entry) -> str:
-    """Returns the name of the model that answered, as messages show it."""
+    """Returns the model's name, as messages show it."""
     model = entry["model"]
-    return model if type(model) is str and model.isprintable() else "(no name)"
-
-
-def newest_entry(values: Iterable[Callable[[], object]], prompt: str) -> Entry | None:
-    """Returns a prompt's newest usable entry, if any. Raises CorruptedEntry if none is usable."""
-    newest: Entry | None = None
-    reason: CorruptedEntry | None = None
-    for load in values:
-        try:
-            logged_prompt, entry = read_entry(load)
-            if logged_prompt is not None and logged_prompt != prompt:
-                reason = CorruptedEntry("it was logged for a different prompt")
-            elif newest is None or time_logged(entry) > time_logged(newest):
-                newest = entry
-        except CorruptedEntry as error:
-            reason = error
-    if reason and newest is None:
-        raise reason
-    return newest
+    return model if type(model) is str and model and model.isprintable() else "(no name)"
 
 
 # --- Stores ---
-# Finds the values of a prompt. A damaged store can end the process that reads it through lmdb. So a child
-# process looks up every key first, and if that fails, the store's file is scanned for entries.
+# Finds values. A damaged store can crash the process that reads it. So a child process looks up every
+# key first. If that fails, the store's file is scanned for entries.
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOCK_PATIENCE = 5  # seconds; a lock server that is down never answers
+LOCK_PATIENCE = 5  # seconds; a dead lock server never grants one
 SHORT_VALUE = 1 << 16  # bytes; a longer value is read piece by piece
 MAX_STORE_SIZE = 1 << 42  # bytes; a header that claims more is damaged
-SAMPLE_SIZE = 6_000  # entries to look at when some are missing
-ZARR_FILES = {".zgroup", ".zarray", ".zattrs", "zarr.json"}
+SAMPLE_SIZE = 6_000  # entries to look at if some are missing
+
+
+def locate_stores(path: str) -> list[str]:
+    """Returns the paths of the metadata store and the activations store, or of one store.
+
+    The logger appends `_metadata` to the text of the path. If that ends in a slash, one store is inside the other.
+    """
+    if os.path.basename(path) in ("data.mdb", "lock.mdb") and os.path.isfile(path):
+        path = os.path.dirname(path) or "."
+    base = path.rstrip("/") if path.strip("./") else os.path.abspath(path)  # `.` is not a name
+    places = [f"{base}_metadata", f"{base}/_metadata", f"{os.path.realpath(base)}_metadata"]  # a link?
+    metadata, activations = next(filter(os.path.exists, places), ""), base
+    if not metadata and base.endswith("_metadata"):
+        metadata, activations = base, os.path.normpath(base.removesuffix("_metadata"))
+    if not metadata:
+        return [places[0], base] if os.path.exists(f"{base}/data.mdb") else [base]
+    if not os.path.exists(activations) or is_same_file(data_file(activations), data_file(metadata)):
+        return [metadata]
+    return [metadata, activations]
+
+
+def data_file(store_path: str) -> str:  # a store is a folder or a single file
+    return store_path if os.path.isfile(store_path) else f"{store_path}/data.mdb"
+
+
+def lock_file(store_path: str) -> str:  # where LMDB registers its readers
+    return f"{store_path}-lock" if os.path.isfile(store_path) else f"{store_path}/lock.mdb"
+
+
+def is_same_file(one: str, other: str) -> bool:
+    with suppress(OSError):  # one of them does not exist
+        return os.path.samefile(one, other)
+    return False
+
+
+def require_readable(path: str) -> None:
+    """Raises UnusableStore if there is no store, ReconstructionError if this process uses it."""
+    file = data_file(path)
+    try:
+        with open(file, "rb") as opened:
+            if not opened.read(1):
+                raise UnusableStore(f"{file} is empty")
+    except OSError as error:
+        if not (os.path.isdir(path) and isinstance(error, FileNotFoundError)):
+            raise UnusableStore(f"cannot read {path}: {error.strerror}") from None
+        names = sorted(os.listdir(path))
+        what = f"it contains {listed(names) or 'nothing'}"
+        if any(name.startswith((".z", "zarr.json")) for name in names):
+            what = "it is a Zarr store, which is not supported"
+        raise UnusableStore(f"{path} has no `data.mdb`; {what}") from None
+    open_files = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else []
+    if any(is_same_file(f"/dev/fd/{number}", file) for number in open_files):
+        raise ReconstructionError(f"{file} is already open in this process; close it first")
+
+
+def open_lmdb(path: str, lock: bool) -> lmdb.Environment:
+    options = {"subdir": os.path.isdir(path), "lock": lock, "readonly": True, "create": False}
+    try:
+        return lmdb.open(os.fsencode(path), map_size=0, **options)  # the logger's
+    except lmdb.MemoryError:  # `ulimit -v` allows less
+        return lmdb.open(os.fsencode(path), map_size=os.path.getsize(data_file(path)), **options)
 
 
 def exit_on_stop_signals() -> None:
-    """Makes the stop signals raise SystemExit, unless the caller ignores them, as nohup does."""
+    """Makes stop signals raise SystemExit, except those that the caller ignores."""
 
-    def stop(number: int, frame: object) -> None:
+    def stop(signal_number: int, frame: object) -> None:
         for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleanup
-        raise SystemExit(128 + number)
+            signal.signal(each, lambda *_: None)  # a second one must not stop the cleanup
+        raise SystemExit(128 + signal_number)
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -380,8 +416,8 @@ def exit_on_stop_signals() -> None:
 
 
 def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
-    """Runs a function in a child process. Returns its JSON result, or None if it fails."""
-    shared = mmap.mmap(-1, mmap.PAGESIZE)  # memory that both processes see
+    """Runs a function in a child process. Returns its result, or None if it fails."""
+    shared = mmap.mmap(-1, mmap.PAGESIZE)  # memory of both processes
     # Signals wait until the child has its own handlers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -397,16 +433,17 @@ def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.waitpid(child, 0)
     except ChildProcessError:
-        pass  # it has ended, and the caller ignores SIGCHLD
+        pass  # the caller ignores SIGCHLD, so it is gone
     except BaseException:
-        with contextlib.suppress(OSError):  # if it has just ended
-            os.kill(child, signal.SIGTERM)  # a reader left in a live store makes it grow
+        with suppress(OSError):  # if it has just ended
+            os.kill(child, signal.SIGTERM)  # LMDB reuses no pages while a reader is left
             os.waitpid(child, 0)
         raise
     return json.loads(shared[: shared.find(b"\0")] or b"null")
 
 
 def answer_and_exit(shared: mmap.mmap, mask: Any, function: Callable[..., object], arguments: Any) -> None:
+    """Does the child's part of `run_in_child`. Never returns."""
     try:
         exit_on_stop_signals()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -419,96 +456,35 @@ def answer_and_exit(shared: mmap.mmap, mask: Any, function: Callable[..., object
         os._exit(0)
 
 
-def locate_stores(path: str) -> list[str]:
-    """Returns the paths of the metadata store and the activations store, or that of a single store.
-
-    The logger keeps the activations store at P and appends `_metadata` to the text of P for the other one, which
-    lies beside P, or inside it if P ends in a slash.
-    """
-    if os.path.basename(path) == "data.mdb" and os.path.isfile(path):
-        path = os.path.dirname(path) or "."
-    base = path.rstrip("/") if path.strip("./") else os.path.abspath(path)  # `.` is not a name
-    places = [f"{base}_metadata", f"{base}/_metadata"]
-    if path.endswith("/"):
-        places.reverse()
-    if place := next(filter(os.path.exists, places), None):
-        return [place] if is_same_file(data_file(place), data_file(base)) else [place, base]
-    if base.endswith("_metadata"):
-        return [base, os.path.normpath(base.removesuffix("_metadata"))]
-    return [base] if os.path.isfile(base) else [places[0], base]
-
-
-def data_file(store_path: str) -> str:  # a store is a folder or a single file
-    return store_path if os.path.isfile(store_path) else f"{store_path}/data.mdb"
-
-
-def lock_file(store_path: str) -> str:  # where LMDB registers its readers
-    return f"{store_path}-lock" if os.path.isfile(store_path) else f"{store_path}/lock.mdb"
-
-
-def is_same_file(one: str, other: str) -> bool:
-    with contextlib.suppress(OSError):  # one of them does not exist
-        return os.path.samefile(one, other)
-    return False
-
-
-def require_readable(path: str) -> None:
-    """Raises UnusableStore if there is no store, ReconstructionError if this process uses it."""
-    file = data_file(path)
-    try:
-        with open(file, "rb") as opened:
-            if not opened.read(1):
-                raise UnusableStore(f"{file} is empty")
-    except OSError as error:
-        if not os.path.isdir(path) or not isinstance(error, FileNotFoundError):
-            raise UnusableStore(f"cannot read {path}: {error.strerror}") from None
-        names = sorted(os.listdir(path))
-        is_zarr = ZARR_FILES & set(names)
-        what = "it is a Zarr store, which is not supported" if is_zarr else f"it contains {listed(names) or 'nothing'}"
-        raise UnusableStore(f"{path} has no `data.mdb`; {what}") from None
-    descriptors = os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else []
-    if any(is_same_file(f"/dev/fd/{descriptor}", file) for descriptor in descriptors):
-        raise ReconstructionError(f"{file} is already open in this process; close it first")
-
-
-def open_lmdb(path: str, lock: bool) -> lmdb.Environment:
-    options = {"subdir": os.path.isdir(path), "lock": lock, "readonly": True, "create": False}
-    try:
-        return lmdb.open(os.fsencode(path), map_size=0, **options)  # 0 means the logger's own
-    except lmdb.MemoryError:  # `ulimit -v` allows less
-        return lmdb.open(os.fsencode(path), map_size=os.path.getsize(data_file(path)), **options)
-
-
 def ask_child(function: Callable[..., dict[str, int]], path: str, *arguments: object) -> dict[str, int]:
-    """Runs a check of a store in a child process. Returns its result and `lock`, or {} if it fails."""
+    """Checks a store in a child process. Returns the result with `lock`, or {} if it fails."""
     file = lock_file(path)
-    # Through a symbolic or hard link, lmdb would write to what it leads to.
-    can_lock = os.path.isfile(file) and not os.path.islink(file) and os.stat(file).st_nlink == 1
-    for lock in (True, False) if can_lock else (False,):  # the lock may fail
-        found = run_in_child(function, path, lock, *arguments)
-        if found:
-            return {**found, "lock": lock}
+    can_lock = os.path.isfile(file) and not os.path.islink(file)  # lmdb would write to its target
+    for lock in (True, False) if can_lock else (False,):  # without a lock if that fails
+        result = run_in_child(function, path, lock, *arguments)
+        if result:
+            return {**result, "lock": lock}
     return {}
 
 
 def read_claims(path: str, lock: bool) -> dict[str, int]:
-    """Returns how many keys and bytes the header of a store claims. Runs in a child process."""
+    """Returns how many keys and bytes a store's header claims. Runs in a child process."""
     signal.alarm(LOCK_PATIENCE)
     with open_lmdb(path, lock) as store:
         stat = store.stat()
         size = (store.info()["last_pgno"] + 1) * stat["psize"]
-    if not stat["entries"] * 64 <= size <= MAX_STORE_SIZE:  # a key alone has 64 bytes
+    if not stat["entries"] * 64 <= size <= MAX_STORE_SIZE:  # each key takes 64 of them
         raise ValueError("the header is damaged")
     return {"keys": stat["entries"], "size": size}
 
 
 def check(path: str, lock: bool, progress: bool) -> dict[str, int]:
-    """Looks up every key, and returns the numbers of keys and entries. Runs in a child process."""
+    """Looks up every key. Returns the numbers of keys and entries. Runs in a child process."""
     signal.alarm(LOCK_PATIENCE)
     with open_lmdb(path, lock) as store, store.begin() as scan, store.begin(buffers=True) as lookup:
         signal.alarm(0)
         with progress_bar(os.path.basename(path), os.path.getsize(data_file(path)), progress) as advance:
-            # A function of its own: a signal in a loop here makes Python 3.13 skip the `with`.
+            # Not inline: a signal in a loop here can make Python 3.13 skip the end of `with`.
             return look_up_every_entry(scan, lookup, advance)
 
 
@@ -518,11 +494,11 @@ def look_up_every_entry(scan: Any, lookup: Any, advance: Callable[[int], object]
     for key in itertools.islice(scan.cursor().iternext(values=False), claimed + 1):  # a damaged tree may loop
         keys += 1
         if not key or (len(key) == 64 and key.translate(None, b"0123456789abcdef")):
-            raise ValueError("a key is damaged")  # what was cut off a page reads as zeros
+            raise ValueError("a key is damaged")  # zeros if its page was cut off
         if len(key) == 64:
             entries += 1
             value = lookup.get(key)
-            bytes(value[-1:])  # reads its last page; a TypeError if the key leads nowhere
+            bytes(value[-1:])  # reads the last page; a TypeError if there is no value
             advance(len(value))
     if keys != claimed:
         raise ValueError("not every key is there")
@@ -532,72 +508,77 @@ def look_up_every_entry(scan: Any, lookup: Any, advance: Callable[[int], object]
 class LmdbStore:
     """A store that is read through lmdb, after a check."""
 
-    def __init__(self, path: str, found: dict[str, int], stack: contextlib.ExitStack) -> None:
-        self.path, self.key_count, self.entries, self.lost = path, found["keys"], found["entries"], 0
-        self._environment = stack.enter_context(open_lmdb(path, bool(found["lock"])))
-        # Without a lock, a logger may overwrite what a transaction sees: each look-up has its own.
-        self._snapshot = stack.enter_context(self._environment.begin(buffers=True)) if found["lock"] else None
+    def __init__(self, path: str, checked: dict[str, int], stack: ExitStack) -> None:
+        self.path, self.lost = path, 0
+        self.key_count, self.entries = checked["keys"], checked["entries"]
+        self._env = stack.enter_context(open_lmdb(path, bool(checked["lock"])))
+        # Without a lock, a logger may overwrite what a transaction sees. Each look-up has its own.
+        self._snapshot = stack.enter_context(self._env.begin(buffers=True)) if checked["lock"] else None
 
     def keys(self) -> Iterator[bytes]:
-        with self._environment.begin() as transaction:
+        with self._env.begin() as transaction:
             yield from (key for key in transaction.cursor().iternext(values=False) if len(key) == 64)
 
-    def values(self, key: bytes) -> Iterable[Callable[[], object]]:
-        """Returns a loader for the value of a key, if any. Raises CorruptedEntry if lmdb fails."""
+    def loader(self, key: bytes) -> Loader | None:
+        """Returns what loads the value of a key, if any. Raises CorruptedEntry if lmdb fails."""
         try:
-            value = (self._snapshot or self._environment.begin(buffers=True)).get(key)
+            value = (self._snapshot or self._env.begin(buffers=True)).get(key)
         except lmdb.Error as error:
             raise CorruptedEntry(f"it cannot be read ({error})") from None
         if value is None:
-            return ()
-        if value and value[0] == ord("{"):  # JSON, which loggers other than HalluLens' write
-            return (lambda: json.loads(bytes(value)),)
+            return None
+        if value and value[0] == ord("{"):  # JSON, as other loggers write
+            return lambda: json.loads(bytes(value))
         if len(value) <= SHORT_VALUE:
-            return (InertUnpickler(io.BytesIO(value)).load,)
+            return InertUnpickler(io.BytesIO(value)).load
         file = ValueFile(lambda position, size: bytes(value[position : position + size]), 0, len(value))
-        return (InertUnpickler(file).load,)
+        return InertUnpickler(file).load
 
 
 # How a pickled dictionary begins, in protocols 2 and 3 and, with frames, in later ones. LMDB keeps a value
 # in one piece, and a pickle says where it ends.
 PICKLED_DICTIONARY = re.compile(rb"(?s)\x80(?:[\x02\x03]|[\x04\x05]\x95.{8})\}")
-LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # in the first two pages
-SCAN_BLOCK = 1 << 12  # bytes, which one bad sector costs
-OVERLAP = 11  # bytes, so that no beginning is cut
+LMDB_MAGIC = b"\xde\xc0\xef\xbe"  # in the first two pages, of up to 64 kB
+SCAN_BLOCK = 1 << 12  # bytes to read at once, which a bad sector costs
+OVERLAP = 11  # bytes; a beginning has at most 12
 
 
 class SalvagedStore:
-    """A store whose file is scanned for pickled entries, whatever its structure."""
+    """A store whose file is scanned for pickled entries."""
 
-    def __init__(self, path: str, progress: bool, stack: contextlib.ExitStack) -> None:
-        self.path, self.lost = path, 0  # lost entries, as far as they are known
+    def __init__(self, path: str, progress: bool, stack: ExitStack) -> None:
+        self.path, self.lost = path, 0  # as far as known
         self.read_error = ""  # of the last block that could not be read
         self._file = os.open(data_file(path), os.O_RDONLY)
         stack.callback(os.close, self._file)
         self.size = os.fstat(self._file).st_size
-        self._starts: dict[bytes, list[int]] = {}  # where the versions of a key's value begin
+        self._newest: dict[bytes, tuple[float, int]] = {}  # time and start of each key's newest value
         with progress_bar(f"scanning {os.path.basename(path)}", self.size, progress) as advance:
             for start in range(0, self.size, SCAN_BLOCK):
                 for match in PICKLED_DICTIONARY.finditer(self.read(start, SCAN_BLOCK + OVERLAP)):
-                    with contextlib.suppress(CorruptedEntry):
-                        prompt, _ = read_entry(self._value_at(start + match.start()))
-                        if type(prompt) is str:
-                            self._starts.setdefault(key_of(prompt), []).append(start + match.start())
+                    with suppress(CorruptedEntry):
+                        self._add(start + match.start())
                 advance(SCAN_BLOCK)
-        self.entries = self.key_count = len(self._starts)
+        self.entries = len(self._newest)
+        self.key_count = 0  # unknown, so the other store may have more
 
     def keys(self) -> Iterator[bytes]:
-        return iter(sorted(self._starts))
+        return iter(sorted(self._newest))
 
-    def values(self, key: bytes) -> Iterable[Callable[[], object]]:
-        """Returns loaders for the versions of a key's value."""
-        return map(self._value_at, self._starts.get(key, ()))
+    def loader(self, key: bytes) -> Loader | None:
+        return self._value_at(self._newest[key][1]) if key in self._newest else None
 
-    def _value_at(self, start: int) -> Callable[[], object]:
+    def _add(self, start: int) -> None:
+        prompt, entry = read_entry(self._value_at(start))
+        if type(prompt) is str:
+            version = (time_logged(entry), start)
+            self._newest[key_of(prompt)] = max(version, self._newest.get(key_of(prompt), version))
+
+    def _value_at(self, start: int) -> Loader:
         return InertUnpickler(ValueFile(self.read, start, self.size - start)).load
 
     def read(self, start: int, size: int) -> bytes:
-        """Returns some bytes of the file, zeros if the disk cannot read them."""
+        """Returns bytes of the file, or zeros if the disk cannot read them."""
         try:
             return os.pread(self._file, size, start)
         except OSError as error:
@@ -605,46 +586,46 @@ class SalvagedStore:
             return bytes(size)
 
 
-def open_store(path: str, progress: bool, stack: contextlib.ExitStack) -> LmdbStore | SalvagedStore:
-    """Opens a store. Raises UnusableStore if there is none, or if it holds something else."""
+def open_store(path: str, progress: bool, stack: ExitStack) -> LmdbStore | SalvagedStore:
+    """Opens a store. Raises UnusableStore if there is none or it holds something else."""
     require_readable(path)
-    found = ask_child(check, path, progress)
-    if found:
-        others = found["keys"] - found["entries"]
-        if others and not found["entries"]:
+    checked = ask_child(check, path, progress)
+    if checked:
+        others = checked["keys"] - checked["entries"]
+        if others and not checked["entries"]:
             what = "this LMDB holds something else, or only multi-sample entries (`<hash>_<id>`)"
             raise UnusableStore(f"the keys in {path} are not prompt hashes: {what}")
         if others:
-            log.warning("%s: multi-sample entries (`<hash>_<id>`) and other keys are not supported; skipped", path)
-        return LmdbStore(path, found, stack)
+            log.warning("%s: multi-sample entries (`<hash>_<id>`) are not supported; skipped", path)
+        return LmdbStore(path, checked, stack)
     store = SalvagedStore(path, progress, stack)
     if not store.entries and LMDB_MAGIC not in store.read(0, 1 << 17):
         beginning = quoted(store.read(0, 60).decode(errors="backslashreplace"))
-        hint = "are --qa_output_path and --lmdb_path swapped?" if beginning.startswith("'{") else ""
-        what = f"{data_file(path)} is not an LMDB file; it begins with {beginning}"
-        raise UnusableStore(f"{what}; expected a folder that contains `data.mdb`", hint)
+        hint = "are --qa_output_path and --lmdb_path swapped?" if store.read(0, 1) == b"{" else ""
+        what = f"is not an LMDB file; it begins with {beginning}; expected a folder that contains `data.mdb`"
+        raise UnusableStore(f"{data_file(path)} {what}", hint)
     claims = ask_child(read_claims, path) or {"keys": 0, "size": 0}
     store.lost = max(0, claims["keys"] - store.entries)
     what = "is damaged or was written by an incompatible LMDB; scanned its raw file for entries"
     if store.size < claims["size"]:
         whole = counted(claims["keys"], "entry", "entries")
-        what = f"is an incomplete copy: {store.size:,} of {claims['size']:,} bytes, {whole} when it was whole"
+        what = f"is an incomplete copy: {store.size:,} of {claims['size']:,} bytes; the original has {whole}"
     log.warning("%s %s", path, what)
     if store.read_error:
-        log.warning("%s cannot be read everywhere: %s", path, store.read_error)
+        log.warning("part of %s cannot be read: %s", path, store.read_error)
     log.warning("%s: %s recovered", path, counted(store.entries, "entry", "entries"))
     return store
 
 
 class EntryFinder:
-    """Finds entries in the metadata store, and in the activations store what the first lacks."""
+    """Finds entries in the metadata store or, if missing, in the activations store."""
 
-    def __init__(self, paths: list[str], progress: bool, stack: contextlib.ExitStack) -> None:
+    def __init__(self, paths: list[str], progress: bool, stack: ExitStack) -> None:
         self.stores: list[LmdbStore | SalvagedStore] = []
         self._unopened = list(paths)
         self._progress, self._stack = progress, stack
-        self.sample_bound = b"g"  # keys below it are the sample; at first, every key
-        self.used_keys: set[bytes] = set()  # of the sample, those that belong to a QA line
+        self.sample_bound = b"g"  # keys below it are the sample; at first, all
+        self.used_keys: set[bytes] = set()  # of the sample, those of QA lines
         while not self.stores:
             self._open_next_store()
 
@@ -660,20 +641,19 @@ class EntryFinder:
             log.warning("%s", error)
             return False
         self.stores.append(store)
-        if store.entries > SAMPLE_SIZE:  # hashes are random, so a range of them is fair
+        if store.entries > SAMPLE_SIZE:  # hashes are random, so a range is fair
             self.sample_bound = min(self.sample_bound, b"%016x" % ((SAMPLE_SIZE << 64) // store.entries))
         return True
 
     @functools.cached_property
-    def _activations_may_have_more(self) -> bool:
-        """Whether the activations store may have entries that the metadata store lacks."""
-        if not self._unopened or not os.path.exists(data_file(self._unopened[0])):
+    def _other_has_more(self) -> bool:
+        if not self._unopened:
             return False
         claims = ask_child(read_claims, self._unopened[0])
         return not claims or claims["keys"] > self.stores[0].key_count
 
     def find(self, qa: QA, templates: Sequence[PromptTemplate]) -> tuple[str, Entry | None]:
-        """Returns the first prompt with an entry, and that, or the first prompt and None. Raises CorruptedEntry."""
+        """Returns the first prompt with an entry, or the first and None. Raises CorruptedEntry."""
         first_prompt = ""
         reason: CorruptedEntry | None = None
         for template in templates:
@@ -684,9 +664,10 @@ class EntryFinder:
             key = key_of(prompt)
             for store in self.stores:
                 try:
-                    entry = newest_entry(store.values(key), prompt)
+                    load = store.loader(key)
+                    _, entry = read_entry(load, prompt) if load else (None, None)
                 except CorruptedEntry as error:
-                    if self._open_next_store():
+                    if self._open_next_store():  # which may have a usable one
                         return self.find(qa, templates)
                     entry, reason = None, error
                 if key < self.sample_bound and (entry or reason):
@@ -695,19 +676,18 @@ class EntryFinder:
                     return prompt, entry
         if reason:
             raise reason
-        if first_prompt and self._activations_may_have_more and self._open_next_store():
+        if first_prompt and self._other_has_more and self._open_next_store():
             return self.find(qa, templates)
         return first_prompt, None
 
     def unused_prompts(self, max_characters: int) -> dict[str, Entry]:
-        """Returns a sample of the prompts that belong to no QA line, with their entries."""
+        """Returns a sample of the prompts that matched no QA line, with their entries."""
         prompts: dict[str, Entry] = {}
         for store in self.stores:
-            for key in itertools.takewhile(lambda key: key < self.sample_bound, store.keys()):
-                if key in self.used_keys:
-                    continue
-                with contextlib.suppress(CorruptedEntry):
-                    prompt, entry = read_entry(next(iter(store.values(key)), dict))
+            sampled = itertools.takewhile(lambda key: key < self.sample_bound, store.keys())
+            for key in itertools.filterfalse(self.used_keys.__contains__, sampled):
+                with suppress(CorruptedEntry):
+                    prompt, entry = read_entry(store.loader(key) or dict)
                     if type(prompt) is str:
                         prompts.setdefault(prompt, entry)
                         max_characters -= len(prompt)
@@ -717,11 +697,10 @@ class EntryFinder:
 
 
 # --- Join and output ---
-# Writes each QA line with its entry, and keeps what explains missing entries.
+# Writes each QA line with its entry, and keeps samples for the census.
 
 LINE_WARNINGS = 3  # of each kind; the summary has the counts
-MATCHED_SAMPLE_SIZE = 100  # QA lines
-UNMATCHED_SAMPLE_SIZE = 300  # QA lines; half are the first ones
+MATCHED_SAMPLE_SIZE, UNMATCHED_SAMPLE_SIZE = 100, 300  # QA lines; half of the latter are the first
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
@@ -729,41 +708,45 @@ def encode(fields: Entry) -> str | None:
     """Returns the JSON text of some fields, or None if JSON cannot represent them."""
     try:
         return _encode_json(fields)
-    except (TypeError, ValueError, RecursionError, MemoryError):  # RecursionError: it contains itself
+    except (TypeError, ValueError, RecursionError, MemoryError):
         return None
 
 
 def merge(line: bytes, qa: QA, entry: Entry) -> tuple[bytes, list[str]]:
-    """Returns the output line, and the names of its fields that are null because JSON cannot represent them."""
+    """Returns the output line, and the fields that JSON cannot represent, which are null."""
     unusable: list[str] = []
     text = encode(entry)
     if text is None:
         unusable = [name for name, value in entry.items() if encode({name: value}) is None]
         entry = entry | dict.fromkeys(unusable)
         text = _encode_json(entry)
-    # The QA line's own text stays as it is. Lone surrogates, which UTF-8 lacks, become JSON's escapes.
+    # The QA line, never {} here, stays as it is. Lone surrogates become JSON escapes.
     if qa.keys().isdisjoint(entry):
-        return b"%b, %b\n" % (line[: line.rindex(b"}")], text[1:].encode("utf-8", "backslashreplace")), unusable
+        return b"%b, %b\n" % (
+            line[line.index(b"{") : line.rindex(b"}")],
+            text[1:].encode("utf-8", "backslashreplace"),
+        ), unusable
     return json.dumps(qa | entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n", unusable
 
 
 class Join:
-    """Joins QA lines with their entries, counts, and keeps samples of the lines."""
+    """Joins QA lines with entries, counts them, and keeps samples."""
 
     def __init__(self, qa_path: str, finder: EntryFinder, templates: list[PromptTemplate], as_sent: bool) -> None:
         self._qa_path, self.finder, self.templates, self._as_sent = qa_path, finder, templates, as_sent
         self.field_names = dict.fromkeys(name for template in templates for _, name in template.parts)
         self.counts = Counts()
+        self.periods: dict[str, tuple[float, float]] = {}  # by model: first and last time, since 1970
         self.first_line = b""
         self.matched_sample: list[QA] = []  # the first ones
-        self.unmatched_count = 0  # QA lines without an entry, or without the fields
+        self.unmatched_count = 0  # QA lines without an entry or the fields
         self.unmatched_sample: list[QA] = []
-        self._sample_step = 1  # after the first ones, every n-th is kept
-        self._warned: collections.Counter[str] = collections.Counter()
+        self._sample_step = 1  # of later ones, every n-th is kept
+        self._warned: Counter[str] = Counter()
 
     def merge_lines(self, progress: bool) -> Iterator[bytes]:
         """Yields the output line of each QA line that has an entry."""
-        counts, is_debugging = self.counts, log.isEnabledFor(logging.DEBUG)
+        counts, debugging = self.counts, log.isEnabledFor(logging.DEBUG)
         for number, line in read_qa_lines(self._qa_path, progress):
             counts.qa_lines += 1
             self.first_line = self.first_line or line
@@ -784,7 +767,7 @@ class Join:
                 self._warn(number, "malformed QA line, skipped", f"no text in {listed(self.field_names)}")
             elif not entry:
                 counts.without_entry += 1
-            if prompt and is_debugging:
+            if prompt and debugging:
                 outcome = "matched" if entry else f"no entry for {quoted(prompt)}"
                 log.debug("%s:%d: %s: %s", self._qa_path, number, key_of(prompt).decode(), outcome)
             if not entry:
@@ -802,15 +785,14 @@ class Join:
             yield merged
 
     def _count_model(self, entry: Entry) -> None:
-        model, logged_at = self.counts.models[model_name(entry)], time_logged(entry)
-        model.lines += 1
-        if 0 < logged_at < model.first or not model.first:
-            model.first = logged_at
-        if logged_at > model.last:
-            model.last = logged_at
+        name, logged_at = model_name(entry), time_logged(entry)
+        self.counts.models[name] += 1
+        if logged_at:
+            first, last = self.periods.get(name, (logged_at, logged_at))
+            self.periods[name] = min(first, logged_at), max(last, logged_at)
 
     def _keep_unmatched(self, qa: QA) -> None:
-        """Keeps the first lines, because many runs ask only these, and as many of the others."""
+        """Keeps the first lines, often all that was asked, and as many others."""
         half = UNMATCHED_SAMPLE_SIZE // 2
         if self.unmatched_count < half or self.unmatched_count % self._sample_step == 0:
             self.unmatched_sample.append(qa)
@@ -820,15 +802,15 @@ class Join:
         self.unmatched_count += 1
 
     def _warn(self, number: int, problem: str, reason: object) -> None:
-        """Warns about the first QA lines with a problem. Logs the others at debug level."""
+        """Warns about the first QA lines with a problem."""
         self._warned[problem] += 1
         level = logging.WARNING if self._warned[problem] <= LINE_WARNINGS else logging.DEBUG
         log.log(level, "%s:%d: %s: %s", self._qa_path, number, problem, reason)
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_output(path: str) -> Iterator[BinaryIO]:
-    """Opens a stream, or a temporary file that replaces the output once it is complete."""
+    """Opens a stream, or a temporary file that replaces the output in the end."""
     try:
         if path == "/dev/stdout" or (os.path.exists(path) and not os.path.isfile(path)):
             # Opening /dev/stdout would truncate what the shell opened with `>>`.
@@ -836,7 +818,7 @@ def open_output(path: str) -> Iterator[BinaryIO]:
                 yield file
             return
         target = os.path.realpath(path)  # so that a symbolic link stays one
-        with contextlib.suppress(FileExistsError):  # `open` gives the better error
+        with suppress(FileExistsError):  # `open` gives the better error
             os.makedirs(os.path.dirname(target), exist_ok=True)
         temporary = f"{target}.{os.urandom(4).hex()}.tmp"
         try:
@@ -844,7 +826,7 @@ def open_output(path: str) -> Iterator[BinaryIO]:
                 yield file
             os.replace(temporary, target)
         finally:
-            with contextlib.suppress(OSError):  # it is there only if something went wrong
+            with suppress(OSError):  # it is gone if all went well
                 os.unlink(temporary)
     except BrokenPipeError:
         raise
@@ -853,27 +835,19 @@ def open_output(path: str) -> Iterator[BinaryIO]:
 
 
 # --- Missing entries ---
-# Takes a census of the prompts in the store. Servers also log what made questions or judged answers,
-# so the user has to choose: a template that matches may be a judge's.
+# Takes a census of the prompts in the store. A template that matches may be a judge's, so the user chooses.
 
 SEARCH_BUDGET = 3_000_000_000  # characters to compare, about two seconds
-MAX_TEXTS = 40  # per QA line to look for
-MAX_CANDIDATES = 100  # templates to try
+MAX_TEXTS, MAX_CANDIDATES = 40, 100  # texts per QA line to look for, templates to try
 TELLING_SIZE = 16  # bytes; a shorter text may be in a prompt by chance
-BEGINNING, END = 12, 8  # characters in which prompts of a group are alike
+BEGINNING, END = 12, 4  # characters in which prompts of a group are alike
 SHOWN_KINDS, SHOWN_GROUPS = 4, 2  # kinds with a template, groups without
 PRIVATE_USE = 0xE000  # code points that few texts have
-DIFFERENCES: dict[str, Callable[[str], str]] = {  # by the function that removes them
-    "white space": lambda text: "".join(text.split()),
-    "case": str.casefold,
-    "the Unicode form of accents": lambda text: unicodedata.normalize("NFC", text),
-    "white space, case, accents or punctuation": lambda text: "",
-}
 Texts = dict[str, str]  # of a QA line, by the names of the fields
 
 
 class Kind(NamedTuple):
-    """The prompts that a template makes of some QA lines, as far as they are in the store."""
+    """The prompts in the store that a template makes from some QA lines."""
 
     template: PromptTemplate
     match_count: int  # QA lines
@@ -883,34 +857,35 @@ class Kind(NamedTuple):
 def find_kind(template: PromptTemplate, qa_lines: Iterable[QA], finder: EntryFinder) -> Kind:
     matches: list[tuple[str, Entry]] = []
     for qa in qa_lines:
-        with contextlib.suppress(CorruptedEntry):
+        with suppress(CorruptedEntry):
             prompt, entry = finder.find(qa, [template])
-            matches += [(prompt, entry)] if entry else []
+            if entry:
+                matches.append((prompt, entry))
     return Kind(template, len(matches), dict(matches))
 
 
 def find_texts(prompts: Iterable[str], texts_of_lines: list[Texts]) -> dict[str, Texts]:
-    """Returns the prompts that contain texts of QA lines, each with those of its best line."""
+    """Returns the prompts with texts of QA lines, each with those of its best line."""
     lines_with: dict[str, list[int]] = {}
     for position, texts in enumerate(texts_of_lines):
         for text in filter(str.strip, dict.fromkeys(texts.values())):
             lines_with.setdefault(text, []).append(position)
     found = {prompt: [text for text in lines_with if text in prompt] for prompt in prompts}
-    prompts_with = collections.Counter(itertools.chain.from_iterable(found.values()))
+    prompts_with = Counter(itertools.chain.from_iterable(found.values()))
     best_texts: dict[str, Texts] = {}
-    for prompt, texts_in_prompt in found.items():
-        scores: collections.Counter[int] = collections.Counter()
-        for text in texts_in_prompt:  # one that is in many prompts tells little
+    for prompt, in_prompt in found.items():
+        scores: Counter[int] = Counter()
+        for text in in_prompt:  # one that is in many prompts tells little
             scores.update(dict.fromkeys(lines_with[text], 1000 * len(text) // prompts_with[text]))
-        for position, _ in scores.most_common(1):
-            texts = texts_of_lines[position]
-            best_texts[prompt] = {name: text for name, text in texts.items() if text.strip() and text in prompt}
+        if scores:
+            texts = texts_of_lines[max(scores, key=scores.__getitem__)]
+            best_texts[prompt] = {name: text for name, text in texts.items() if text in in_prompt}
     return best_texts
 
 
 def template_of(prompt: str, texts: Texts) -> str:
     """Returns a prompt in which the names of fields stand for their texts."""
-    # The longest goes first, because a shorter one may stand in it, or anywhere by chance.
+    # The longest goes first: a shorter one may be in it, or anywhere by chance.
     fields = sorted(texts.items(), key=lambda field: -len(field[1]))
     for mark, (_, text) in enumerate(fields, PRIVATE_USE):
         prompt = prompt.replace(text, chr(mark))  # a name might contain a text
@@ -919,90 +894,114 @@ def template_of(prompt: str, texts: Texts) -> str:
 
 
 def candidate_templates(best_texts: dict[str, Texts]) -> list[PromptTemplate]:
-    """Returns templates that would make some of the prompts, those first that would make most."""
-    candidates: collections.Counter[str] = collections.Counter()
+    """Returns templates that may have made the prompts, the most frequent first."""
+    candidates: Counter[str] = Counter()
     for prompt, texts in best_texts.items():
-        fields = [field for field in texts.items() if FIELD_NAME.fullmatch(field[0])]
-        fields = sorted(fields, key=lambda field: -len(field[1]))
+        fields = [field for field in reversed(texts.items()) if FIELD_NAME.fullmatch(field[0])]
+        fields.sort(key=lambda field: -len(field[1]))  # of equal ones, the nested one first
         sets = [[field] for field in fields] + [fields[:count] for count in range(2, len(fields) + 1)]
-        candidates.update({template_of(prompt, dict(chosen)): 1 for chosen in sets})
+        candidates.update({template_of(prompt, dict(chosen)) for chosen in sets})
     ranked = sorted(candidates, key=lambda text: (-candidates[text], len(text), text))
     return [PromptTemplate(text) for text in ranked[:MAX_CANDIDATES]]
 
 
-def proved_kinds(templates: Iterable[PromptTemplate], join: Join, least: int) -> list[Kind]:
+def proved_kinds(templates: list[PromptTemplate], least: int, near_misses: dict[str, str], join: Join) -> list[Kind]:
     """Returns the kinds with at least `least` prompts in the store, best first."""
     kinds = [find_kind(template, join.unmatched_sample, join.finder) for template in templates]
     kinds.sort(key=lambda kind: (-kind.match_count, len(kind.template.parts), len(kind.template.text)))
     proved: list[Kind] = []
     for kind in kinds:
-        is_new = not any(kind.entries.keys() <= better.entries.keys() for better in proved)
-        if is_new and len(kind.entries) >= least:
+        prompts = kind.entries.keys()
+        is_new = not any(prompts <= better.entries.keys() for better in proved)
+        # A template that makes only some of the near misses is chance.
+        if is_new and len(prompts) >= least and not prompts < near_misses.keys():
             proved.append(kind)
     return proved
 
 
-def is_of_kind(prompt: str, kind: Kind, join: Join) -> bool:
+def is_long(text: str) -> bool:
+    return len(text.encode(errors="replace")) >= TELLING_SIZE
+
+
+def telling_texts(texts: Texts, join: Join) -> Texts:
+    """Returns the texts that were asked for or are too long to be there by chance."""
+    return {name: text for name, text in texts.items() if name in join.field_names or is_long(text)}
+
+
+def is_of_kind(prompt: str, texts: Texts, kind: Kind, join: Join) -> bool:
     """Returns whether a kind explains a prompt, even one of a QA line outside the sample."""
-    first, *others = [own_text for own_text, _ in kind.template.parts]
-    own_length = len(first + "".join(others) + kind.template.tail)
-    fits, rest = prompt.startswith(first), prompt[len(first) :]
-    for own_text in others:
-        fits = fits and own_text in rest
-        rest = rest[rest.find(own_text) + len(own_text) :]
-    fits = fits and rest.endswith(kind.template.tail)
-    # A few characters fit other kinds, too. But without all lines, there is no better sign.
-    may_fit = own_length >= TELLING_SIZE or join.unmatched_count > len(join.unmatched_sample)
-    return prompt in kind.entries or (may_fit and fits)
+    is_made = prompt in kind.entries
+    if is_made or kind.template.make_prompt({name: text for name, text in texts.items() if is_long(text)}):
+        return is_made  # its QA line is in the sample
+    own_texts = [own_text for own_text, _ in kind.template.parts] + [kind.template.tail]
+    # A short template fits other kinds, too. It counts only if the sample lacks QA lines.
+    may_fit = is_long("".join(own_texts)) or join.unmatched_count > len(join.unmatched_sample)
+    pattern = "*".join(re.sub(r"[*?[]", r"[\g<0>]", own_text) for own_text in own_texts)
+    return may_fit and fnmatch.fnmatchcase(prompt, pattern)
 
 
 def group_alike(texts_in: dict[str, Texts]) -> list[list[str]]:
-    """Groups prompts that begin or end alike, whatever their QA texts. The largest is first."""
+    """Groups prompts that begin and end alike. The largest group is first."""
     shapes = {prompt: re.sub(r"\d+", "0", template_of(prompt, texts)) for prompt, texts in texts_in.items()}
-    beginnings = collections.Counter(shape[:BEGINNING] for shape in shapes.values())
-    ends = collections.Counter(shape[-END:] for shape in shapes.values())
-    groups: dict[str, list[str]] = {}
+    beginnings = Counter(shape[:BEGINNING] for shape in shapes.values())
+    ends = Counter(shape[-END:] for shape in shapes.values())
+    groups: dict[tuple[str, str], list[str]] = {}
+    least = max(2, len(shapes) / 8)
     for prompt, shape in shapes.items():
-        begins_alike = beginnings[shape[:BEGINNING]] >= min(len(shapes) / 2, ends[shape[-END:]])
-        groups.setdefault(shape[:BEGINNING] if begins_alike else shape[-END:], []).append(prompt)
+        beginning = shape[:BEGINNING] if beginnings[shape[:BEGINNING]] >= least else ""
+        end = shape[-END:] if ends[shape[-END:]] >= least else ""
+        groups.setdefault((beginning, end), []).append(prompt)
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def letters_of(text: str) -> str:
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text).casefold()))
-
-
-def unexplained(best_texts: dict[str, Texts], kinds: list[Kind], join: Join) -> dict[str, Texts]:
-    """Returns the prompts that no kind explains, each with its texts that are not there by chance."""
-    names, rest = join.field_names, {}
-    matched_texts = {text for qa in join.matched_sample for name, text in texts_of(qa) if name in names}
-    for prompt, texts in best_texts.items():
-        texts = {n: t for n, t in texts.items() if n in names or len(t.encode(errors="replace")) >= TELLING_SIZE}
-        # After a match, only prompts with unmatched questions count. Those with matched ones are a judge's.
-        if matched_texts and (not texts.keys() & names or any(text in prompt for text in matched_texts)):
+def unexplained(texts_in: dict[str, Texts], kinds: list[Kind], join: Join) -> dict[str, Texts]:
+    """Returns the prompts that no kind explains, with their texts."""
+    names, others = join.field_names, {}
+    matched = [[text for name, text in texts_of(qa) if name in names] for qa in join.matched_sample]
+    for prompt, texts in texts_in.items():
+        # After a match, a prompt needs an unmatched question. One with a matched one is a judge's.
+        is_a_judges = any(all(text in prompt for text in qa_texts) for qa_texts in matched)
+        if matched and (is_a_judges or not texts.keys() & names):
             continue
-        if not any(is_of_kind(prompt, kind, join) for kind in kinds):
-            rest[prompt] = texts
-    return rest
+        if not any(is_of_kind(prompt, texts, kind, join) for kind in kinds):
+            others[prompt] = texts
+    return others
+
+
+def find_near_misses(prompts: Iterable[str], tried: list[str]) -> dict[str, str]:
+    """Returns prompts with the same letters as one that was tried, each with that one."""
+    normal = {prompt: unicodedata.normalize("NFKD", prompt).casefold() for prompt in [*prompts, *tried]}
+    letters = {prompt: re.sub(r"[^\w+<=>]|_", "", text) for prompt, text in normal.items()}
+    by_letters = {letters[prompt]: prompt for prompt in tried}
+    return {p: by_letters[letters[p]] for p in prompts if letters[p] in by_letters}
+
+
+def is_judges(kind: Kind, join: Join) -> bool:
+    """Returns whether a kind also fits the matched lines, if these are enough to tell."""
+    if join.unmatched_count > 10 * join.counts.matched:
+        return False
+    in_matched = find_kind(kind.template, join.matched_sample, join.finder).match_count
+    return 2 * in_matched * len(join.unmatched_sample) >= kind.match_count * len(join.matched_sample)
 
 
 def explain(join: Join) -> ReconstructionError:
-    """Returns an error that says why QA lines have no entry, with a hint if anything can be done."""
-    sample, matched, bare = join.unmatched_sample, join.matched_sample, ReconstructionError(headline(join))
-    if not sample or not join.finder.unused_prompts(0):  # every prompt has a line
-        return bare
-    by_depth = (sorted(texts_of(qa), key=lambda field: field[0].count(".")) for qa in sample)
-    texts_of_lines = [dict(texts[:MAX_TEXTS]) for texts in by_depth]
+    """Returns why QA lines have no entry, with a hint if the user can do something."""
+    plain = ReconstructionError(headline(join))
+    sample = join.unmatched_sample
+    if not sample or not join.finder.unused_prompts(0):  # no QA line or no prompt is left
+        return plain
+    texts_of_lines = [dict(itertools.islice(texts_of(qa), MAX_TEXTS)) for qa in sample]
     prompts = join.finder.unused_prompts(SEARCH_BUDGET // (1 + sum(map(len, texts_of_lines))))
     best_texts = find_texts(prompts, texts_of_lines)
-    kinds = proved_kinds(candidate_templates(best_texts), join, min(2, len(prompts), join.unmatched_count))
-    made = (template.make_prompt(qa) for qa in sample for template in join.templates)
-    tried = {letters_of(prompt): prompt for prompt in made if prompt}
-    near_misses = {prompt: tried[letters] for prompt in prompts if (letters := letters_of(prompt)) in tried}
-    rest = unexplained({p: best_texts.get(p, {}) for p in prompts if p not in near_misses}, kinds, join)
-    if join.unmatched_count <= 10 * join.counts.matched:  # what also fits the matched lines is a judge's
-        kinds = [k for k in kinds if 2 * find_kind(k.template, matched, join.finder).match_count < len(matched)]
-    kinds = sorted(kinds[:SHOWN_KINDS], key=lambda kind: len(kind.template.text))
+    telling = {prompt: telling_texts(texts, join) for prompt, texts in best_texts.items()}
+    tried = [prompt for qa in sample for template in join.templates if (prompt := template.make_prompt(qa))]
+    near_misses = find_near_misses(prompts, tried)
+    has_few = len(prompts) <= SHOWN_KINDS or join.unmatched_count == 1
+    templates = candidate_templates(telling if has_few else best_texts)
+    kinds = proved_kinds(templates, 1 if has_few else 2, near_misses, join)
+    others = unexplained({p: telling.get(p, {}) for p in prompts if p not in near_misses}, kinds, join)
+    kinds = [kind for kind in kinds if not is_judges(kind, join)][:SHOWN_KINDS]
+    kinds.sort(key=lambda kind: len(kind.template.text))
 
     details = []
     for kind in kinds:
@@ -1010,62 +1009,66 @@ def explain(join: Join) -> ReconstructionError:
         details.append(f"{quoted(kind.template.text, 80)} {what}{answers(list(kind.entries.values()))}")
     of_prompts = f"of the {len(prompts):,} prompts looked at"
     if near_misses:
-        details.append(f"{len(near_misses):,} {of_prompts} {describe_difference(*next(iter(near_misses.items())))}")
-    for group in group_alike(rest)[:SHOWN_GROUPS]:
-        what = f"look like {quoted(template_of(group[0], rest[group[0]]), 80)}, which no template makes"
-        details.append(f"{len(group):,} {of_prompts} {what}{answers([prompts[prompt] for prompt in group])}")
+        what = "almost matched: the first differs only in white space, case, accents or punctuation"
+        details.append(f"{len(near_misses):,} {of_prompts} {what}{difference(*next(iter(near_misses.items())))}")
+    for group in group_alike(others)[:SHOWN_GROUPS]:
+        what = f"resembles {len(group):,} {of_prompts}; no template was found"
+        shape = quoted(template_of(group[0], others[group[0]]), 80)
+        details.append(f"{shape} {what}{answers([prompts[prompt] for prompt in group])}")
     if not details:
-        return bare
-    lines = [f"{bare}. These kinds of prompts are in the store:"]
-    lines += [f"  {number}. {detail}" for number, detail in enumerate(details, 1)]
-    if kinds or near_misses or any(rest.values()):
-        return ReconstructionError("\n".join(lines), hint_for(kinds, join))
-    lines += [f"  tried: {quoted(prompt)}" for prompt in list(tried.values())[:1]]
-    end = "  They contain none of the longer texts of the QA file. The store may be another experiment's."
-    return ReconstructionError("\n".join([*lines, end]))
+        return plain
+    text = f"{plain}. These kinds of prompts are in the store:"
+    text += "".join(f"\n  {number}. {detail}" for number, detail in enumerate(details, 1))
+    if kinds or near_misses or any(others.values()):
+        return ReconstructionError(text, hint_for(kinds, len(details), join))
+    text += "".join(f"\n  tried: {quoted(prompt)}" for prompt in tried[:1])
+    text += f"\n  They contain none of the longer texts of the {counted(len(sample), 'QA line')} looked at."
+    return ReconstructionError(f"{text} The store may be from another experiment.")
 
 
 def headline(join: Join) -> str:
     """Returns how many QA lines have no entry, or why none has one."""
     counts = join.counts
-    if counts.matched:
-        return f"{join.unmatched_count:,} of {counted(counts.qa_lines, 'QA line')} have no entry"
     if not any(store.entries for store in join.finder.stores):
-        return "nothing matched: the store is empty"
-    if not join.unmatched_count:
-        return f"nothing matched: no usable entry for {counted(counts.corrupted, 'QA line')}"
-    if not counts.without_entry and not counts.corrupted:
-        names = dict.fromkeys(name for qa in join.unmatched_sample for name, _ in texts_of(qa))
-        return f"no QA line has text in {listed(join.field_names)}; found: {listed(names, 20) or 'no fields'}"
-    return f"none of {counted(counts.qa_lines, 'QA line')} has a usable entry"
+        return "nothing matched: no entries found in the store"
+    if counts.malformed == counts.qa_lines:
+        names = dict.fromkeys(name for qa in join.unmatched_sample for name in [*qa, *dict(texts_of(qa))])
+        return f"no QA line has text in {listed(join.field_names)}; found: {listed(names, 20)}"
+    missing = join.unmatched_count + counts.corrupted
+    return f"no usable entry for {missing:,} of {counted(counts.qa_lines, 'QA line')}"
 
 
 def answers(entries: Sequence[Entry]) -> str:
-    return f"\n     {listed(sorted(set(map(model_name, entries))), 2)} answered {quoted(entries[0]['generation'], 60)}"
+    """Returns a line with the models and an answer."""
+    models = listed(sorted(set(map(model_name, entries))), 2)
+    return f"\n     {models} answered {quoted(entries[0]['generation'], 60)}"
 
 
-def describe_difference(stored: str, tried: str) -> str:
-    cause = next(cause for cause, equal in DIFFERENCES.items() if equal(tried) == equal(stored))
+def difference(stored: str, tried: str) -> str:
+    """Returns two prompts in ASCII, from just before they differ."""
     common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tried, stored))))
-    excerpts = [ascii(text[max(0, common - 60) : common + 100]) for text in (tried, stored)]
-    pair = f"\n     tried:   {excerpts[0]}\n     stored:  {excerpts[1]}"
-    return f"are almost like a prompt tried; the first differs only in {cause}:{pair}"
+    start, end = max(0, common - 60), common + 100
+    return f"\n     tried:   {tried[start:end]!a}\n     stored:  {stored[start:end]!a}"
 
 
-def hint_for(kinds: list[Kind], join: Join) -> str:
+def hint_for(kinds: list[Kind], kind_count: int, join: Join) -> str:
+    """Returns what to do, with the options of the kinds."""
+    advice = "use the inference run's QA file, or add a field with the whole prompt for --prompt_template"
     if not kinds:
-        return "use the QA file of this run, or add a field with the whole prompt for --prompt_template"
-    # A proposed template comes before the given ones, so that a trial run with these does not win.
-    given = join.templates if join.counts.matched else []
-    options = [" ".join(each.option() for each in [kind.template, *given]) for kind in kinds]
-    text = "pick the kind that the model under test was asked with (servers also log question generators and judges), "
-    return "\n  ".join([text + "and run again with its option:", *options])
+        return advice
+    text = "pick the kind that was sent to the model under test (servers also log question generators and judges), "
+    text += "and run again with its option in place of yours:"
+    for kind in kinds:
+        # The proposed template comes first, so that a trial run does not win.
+        given = join.templates if join.counts.matched else []
+        text += "\n  " + " ".join(template.option() for template in [kind.template, *given])
+    return text if kind_count == len(kinds) else f"{text}\n  if its kind has no option: {advice}"
 
 
 # --- The run and the command ---
 
-MAX_MEMORY = 5 << 30  # bytes, without the mapped store; an LMDB value has less than 4 GiB
-_one_run = threading.Lock()  # at a time, because lmdb opens a store only once in a process
+MAX_MEMORY = 5 << 30  # bytes, without the mapped store; a value is under 4 GiB
+_one_run = threading.Lock()  # because lmdb opens a store only once in a process
 
 
 def reconstruct_inference(
@@ -1077,12 +1080,12 @@ def reconstruct_inference(
     prompt_as_sent: bool = False,
     progress: bool = False,
 ) -> Counts:
-    """Joins a QA file with the logger's LMDB, writes the merged JSONL, and returns what it found.
+    """Joins a QA file with the logger's LMDB, writes the JSONL, and returns what it found.
 
     The path `-` is standard input or output; for `lmdb_path` see `locate_stores`. Of several templates, the first
-    with an entry is used. `prompt_as_sent` writes the prompt as sent, without `user: `, into `prompt`. Messages
-    go to the logger `reconstruct_inference`. Raises ValueError if a template cannot be used, BrokenPipeError if the
-    output is a pipe that nobody reads, and ReconstructionError if no line can be written.
+    that matches is used. `prompt_as_sent` writes the prompt as sent, without `user: `, into `prompt`. Messages
+    go to the logger `reconstruct_inference`. Raises ValueError if a template cannot be used, BrokenPipeError if
+    the output pipe is closed, and ReconstructionError if no line can be written.
     """
     texts = [prompt_template] if isinstance(prompt_template, str) else prompt_template
     templates = [PromptTemplate(text) for text in texts]
@@ -1095,25 +1098,23 @@ def reconstruct_inference(
         if os.path.isfile(each) and is_same_file(output, each):
             raise ReconstructionError(f"refusing to overwrite the input {each}")
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= 2:
-        pass  # a standard stream is closed, and a store would be opened in its place
+        pass  # a standard stream was closed; a store would take its place
     os.close(descriptor)
-    with _one_run, contextlib.ExitStack() as stack:
-        copyreg.clear_extension_cache()  # the unpickler takes from it without asking
-        stack.callback(copyreg.clear_extension_cache)
+    with _one_run, ExitStack() as stack:
         stack.callback(setattr, sys, "excepthook", sys.excepthook)
-        sys.excepthook = lambda *error: None  # CPython calls it for a bytearray of absurd size
+        sys.excepthook = lambda *error: None  # called when a bytearray of absurd size fails
         finder = EntryFinder(stores, progress, stack)
         join = Join(qa_path, finder, templates, prompt_as_sent)
-        merged = join.merge_lines(progress)
-        first = next(merged, None)
+        output_lines = join.merge_lines(progress)
+        first = next(output_lines, None)
         if first is None:  # before an output is made
             has_objects = join.unmatched_count or join.counts.corrupted
             raise explain(join) if has_objects else not_json_lines(qa_path, join.first_line)
         replaced = " (replaced the old file)" if output != "/dev/stdout" and os.path.isfile(output) else ""
         with open_output(output) as file:
             file.write(first)
-            file.writelines(merged)
-            explanation = explain(join)  # a stop keeps the old file
+            file.writelines(output_lines)
+            explanation = explain(join)  # a stop still keeps the old file
         if explanation.hint:
             log.warning("%s", explanation)
     summarize(join)
@@ -1124,19 +1125,19 @@ def reconstruct_inference(
 def summarize(join: Join) -> None:
     """Logs the counts of QA lines, entries and models."""
     counts = join.counts
-    kinds = {"matched": counts.matched, "without an entry": counts.without_entry}
-    kinds |= {"malformed": counts.malformed, "corrupted": counts.corrupted}
-    parts = ", ".join(f"{number:,} {kind}" for kind, number in kinds.items() if number)
+    outcomes = {"matched": counts.matched, "without an entry": counts.without_entry}
+    outcomes |= {"malformed": counts.malformed, "corrupted": counts.corrupted}
+    parts = ", ".join(f"{number:,} {outcome}" for outcome, number in outcomes.items() if number)
     log.info("QA lines: %s (%s)", f"{counts.qa_lines:,}", parts)
     for store in join.finder.stores:
         lost = f" ({store.lost:,} of {store.entries + store.lost:,} lost)" if store.lost else ""
         log.info("entries: %s in %s%s", f"{store.entries:,}", store.path, lost)
-    for name, model in counts.models.items():
+    for name, lines in counts.models.items():
         period = ""
-        if model.first:
-            first, last = (time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (model.first, model.last))
+        if name in join.periods:
+            first, last = (time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in join.periods[name])
             period = f", {first}" if first == last else f", {first} to {last.removeprefix(first[:11])}"
-        log.info("model: %s (%s%s)", name, counted(model.lines, "line"), period)
+        log.info("model: %s (%s%s)", name, counted(lines, "line"), period)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1146,53 +1147,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example:\n  %(prog)s --qa_output_path qa.jsonl \\\n"
         "      --lmdb_path lmdb_data/activations.lmdb --output_path generation.jsonl\n\n"
         "exit codes: 0 = lines written, 1 = error or no match, 2 = wrong usage,\n"
-        "            129, 130, 143 = stopped by a signal, 141 = output closed",
+        "            129, 130, 143 = a signal, 141 = output closed",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    how = "how prompts were made: {name} is a field, \\n a line break; may be repeated: each QA line uses the first "
-    how += f"template that has an entry (default: {DEFAULT_PROMPT_TEMPLATE!r}, with and without `user: `)"
+
+    def unescaped(typed: str) -> str:
+        return re.sub(r"\\([n\\])", lambda c: "\n" if c[1] == "n" else "\\", typed)
+
+    how = "how prompts were made: {name} is a field, \\n is a line break; may be repeated: each QA line uses "
+    how += f"the first template that matches (default: {DEFAULT_PROMPT_TEMPLATE!r}, with and without `user: `)"
     path: dict[str, Any] = {"required": True, "type": os.path.expanduser, "metavar": "PATH"}
     add = parser.add_argument
-    add("--qa_output_path", **path, help="JSON Lines file with the questions; `-` is standard input")
+    add("--qa_output_path", **path, help="the QA file, in JSON Lines; `-` is standard input")
     add("--lmdb_path", **path, help="path passed to the activations logger; `PATH_metadata` is found automatically")
     add("--output_path", **path, help="generation.jsonl to write; `-` is standard output")
-    add("--prompt_template", action="append", metavar="TEMPLATE", help=how)
+    add("--prompt_template", action="append", type=unescaped, metavar="TEMPLATE", help=how)
     add("--prompt_as_sent", action="store_true", help="put the prompt as sent into `prompt`, as HalluLens does")
-    add("--verbose", action="store_true", help="log the hash and outcome of QA lines, and all warnings")
+    add("--verbose", action="store_true", help="log each prompt hash and its outcome, and all warnings")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     options = vars(parser.parse_args(argv))
     for name, value in options.items():
         if value == "":
             parser.error(f"argument --{name}: the value is empty (an unset shell variable?)")
-    templates = options["prompt_template"] or []
-    unescaped = [re.sub(r"\\([n\\])", lambda c: "\n" if c[1] == "n" else "\\", text) for text in templates]
-    options["prompt_template"] = unescaped or DEFAULT_PROMPT_TEMPLATES
-    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
-        logging.addLevelName(level, {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(level, ""))
+    options["prompt_template"] = options["prompt_template"] or DEFAULT_PROMPT_TEMPLATES
+    prefixes = {logging.DEBUG: "", logging.INFO: "", logging.WARNING: "warning: ", logging.ERROR: "error: "}
+    for level, prefix in prefixes.items():
+        logging.addLevelName(level, prefix)
     level = logging.DEBUG if options.pop("verbose") else logging.INFO
     logging.basicConfig(level=level, format="%(levelname)s%(message)s", force=True)
     exit_on_stop_signals()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY if soft < 0 else min(soft, MAX_MEMORY), hard))
+    if soft < 0:  # no limit
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, hard))
     progress = sys.stderr is not None and sys.stderr.isatty()
-    with contextlib.ExitStack() as stack:
-        if progress:
-            from tqdm.contrib.logging import logging_redirect_tqdm
-
-            stack.enter_context(logging_redirect_tqdm())  # above the bar
-        try:
-            reconstruct_inference(**options, progress=progress)
-        except SystemExit:
-            log.error("stopped" if options["output_path"] == "-" else f"stopped; {options['output_path']} is unchanged")
-            raise
-        except BrokenPipeError:
-            return 128 + signal.SIGPIPE
-        except ValueError as error:
-            parser.error(f"argument --prompt_template: {error}")
-        except (ReconstructionError, OSError, MemoryError, RecursionError, lmdb.Error) as error:
-            log.error("%s", str(error) or "out of memory")
-            return 1
+    try:
+        reconstruct_inference(**options, progress=progress)
+    except SystemExit:
+        log.error("stopped" if options["output_path"] == "-" else f"stopped; {options['output_path']} is unchanged")
+        raise
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except ValueError as error:
+        parser.error(f"argument --prompt_template: {error}")
+    except (ReconstructionError, OSError, MemoryError, RecursionError, lmdb.Error) as error:
+        log.error("%s", str(error) or "out of memory")
+        return 1
     return 0
 
 

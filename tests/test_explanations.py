@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import subprocess
@@ -121,8 +120,15 @@ ODD: dict[str, Callable[[int], str]] = {
     "name": lambda n: f"{random_name(n + 5000)}, {n}\nWhat is to be known of them?",
     "last": lambda n: f"What is known of {random_name(n)}",
     "book": lambda n: f"In one book, {random_name(n + 5000)} Answer:",
+    "helpful": lambda n: f"system: You are helpful.\nuser: {LINES[n]['prompt']}\n(A) {n % 7}\n(B) {n}\nAnswer:",
+    "strict": lambda n: f"system: You are strict.\nuser: {LINES[n]['prompt']}\nAnswer {random_name(n)}\nRight?",
     "page": lambda n: f"On one page, {random_name(n + 5000)} Answer:",
 }
+EXAM = [
+    {**line, "answer": f"a {n}", "of": {"A": f"a {n + n % 2}", "B": f"a {n + 1 - n % 2}"}}
+    for n, line in enumerate(SOME)
+]
+TOKENS = [{"q": {"text": line["prompt"]}, "tokens": ["What"] * 5000} for line in LINES[:9]]
 JUDGES = [("generator", GENERATOR, 60), ("judge", JUDGE, 60)]
 SMALL_KINDS = [("a", "A {prompt}", 9), ("b", "B {prompt}", 20), ("c", "C {title}", range(10, 20))]
 DOUBLE = "user: {title} -and now- {prompt} -and now- {answer}"
@@ -152,6 +158,15 @@ TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(
         "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
         "the same end": (SOME, [("x", ODD["book"], 12), ("y", ODD["page"], 10)], "x 12/22, y 10/22"),
         "much alike": (SOME, ALIKE, "m 60/60, once 50/150, front 40/150"),
+        "a trial": (SOME, [("t", "user: {prompt}\nAnswer:", 9), ("m", ODD["options"], 60)], "t 9/60, m 60/69"),
+        "one beginning": (SOME, [("x", ODD["helpful"], 60), ("y", ODD["strict"], 59)], "x 60/119, y 59/119"),
+        "an answer that is an option": (
+            EXAM,
+            [("m", "{prompt}\nA. {of[A]}\nB. {of[B]}\n", 60)],
+            "m 60/60",
+        ),
+        "tokens": (TOKENS, [("m", "In short: {q[text]}", 9)], "m 9/9"),
+        "a line of many, and its judge": (SOME, [("m", BRIEF, 1), ("j", "Is it? {prompt}", 1)], "j 1/60, m 1/60"),
         "one for all lines": (TOWNS, [("x", lambda n: "Answer in en.", 1), ("y", ODD["lower"], 9)], "y 9/10, x 1/10"),
     },
 )
@@ -161,12 +176,6 @@ def test_the_kinds_are_shown_and_can_be_chosen(experiment: Experiment, lines: An
     assert census(result) == expected
     chosen = [kind for kind in kinds if isinstance(kind[1], str) and f"{kind[0]} " in expected]
     assert sorted(given_by_proposals(experiment, result)) == sorted(answers(who, asked) for who, _, asked in chosen)
-
-
-def test_the_template_with_the_fewest_fields_is_proposed(experiment: Experiment) -> None:
-    lines = [{"task": TASK, "same": line["prompt"] if n < 5 else "x", **line} for n, line in enumerate(LINES[:9])]
-    log_study(experiment, lines, ("model", "{task} {prompt}", 9))
-    assert experiment.run(code=1).proposals() == [f"--prompt_template='{TASK} {{prompt}}'"]
 
 
 def test_of_many_lines_those_asked_are_found(experiment: Experiment) -> None:
@@ -217,7 +226,8 @@ def test_qa_texts_in_prompts_are_marked_by_field_unless_they_are_there_by_chance
     at = "日本の首都 {1} Who?"
     line = {"messages": [{"role": "user", "content": "Which?"}], "prompt": "Who?", "at": at, "more": " "}
     experiment.ask(line, "Why?")
-    experiment.log_prompts(f"user: {{x}} Who? Which? {at}, which is it?", "system: Be brief.")
+    others = [f"system: {word}" for word in ("Be brief.", "Be polite.", "Be quick.", "Be exact.")]
+    experiment.log_prompts(f"user: {{x}} Who? Which? {at}, which is it?", *others)
     error = experiment.run("--prompt_template={prompt}{more}", code=1).error()
     assert "'user: {{x}} {prompt} Which? {at}, which is it?'" in error
 
@@ -225,8 +235,11 @@ def test_qa_texts_in_prompts_are_marked_by_field_unless_they_are_there_by_chance
 @table(
     "lines, names",
     {
-        "nested": ([{"q": {"r": {"s": {"t": 1, "u": [2]}}}}, {"y": ["a", 0.5]}], "`q.r.s.t`, `y.0`, `y.1`"),
-        "none": ([{"x": None}, {"y": [False, {}]}], "no fields"),
+        "nested": (
+            [{"q": {"r": {"s": {"t": 1, "u": [2]}}}}, {"y": ["a", 0.5]}],
+            "`q`, `q.r.s.t`, `q.r.s.u.0`, `y`, `y.0`, `y.1`",
+        ),
+        "no text": ([{"x": None}, {"y": [False, {}]}, {"tokens": ["a"] * 101}], "`x`, `y`, `tokens`"),
         "many": ([{f"field {n}": "x" for n in range(300)}], "`field 0`, .*`field 19`, …"),
     },
 )
@@ -241,9 +254,7 @@ def test_without_the_templates_field_others_are_named(experiment: Experiment, li
 def test_of_entries_that_cannot_be_used_nothing_else_is_said(asked: Experiment) -> None:
     asked.ask("q", "w")
     asked.log(logged("q", None), logged("w", 7), logged("e"))
-    assert re.fullmatch("nothing matched: .* usable .* 2 QA lines\n", asked.run(code=1).error())
-    write_store(asked.metadata, [(prompt_of("q"), logged("another"))])
-    assert asked.run(code=1).error() == "none of 2 QA lines has a usable entry\n"
+    assert asked.run(code=1).error() == "no usable entry for 2 of 2 QA lines\n"
 
 
 @table("question, stored", {"no text": (" ", "What?"), "a letter": ("Who wrote Hamlet?", "Who wrote Hamlot?")})
@@ -252,7 +263,7 @@ def test_another_experiments_store_is_called_so_with_two_prompts(asked: Experime
     asked.log_prompts(prompt_of(stored), model="other-model")
     result = asked.run(code=1)
     assert census(result) == "other-model 1/1"
-    for words in ("another experiment", f"look like {prompt_of(stored)!r}", f"tried: {prompt_of(question)!r}"):
+    for words in ("another experiment", f"{prompt_of(stored)!r} resembles 1 of", f"tried: {prompt_of(question)!r}"):
         assert words in result.error()
     assert not re.search("hint|--prompt_template", result.error())
 
@@ -261,24 +272,24 @@ CONTEXT = "This is a long context, and it goes on. " * 40
 
 
 @table(
-    "question, stored, cause",
+    "question, stored",
     {
-        "white space": ("Who\u00a0wroteHamlet? ", "Who wrote Hamlet?", "only in white space:"),
-        "case": ("Wer hamlet? STRASSE?", "Wer Hamlet? Straße?", "only in case:"),
-        "composed accents": ("Cafe\u0301 au lait?", "Caf\u00e9 au lait?", "only in the Unicode form of accents:"),
-        "no accents, and quotes": ("Who wrote “Cafe”?", 'Who wrote "Caf\u00e9"?', "or punctuation:"),
-        "a long context": (f"{CONTEXT}Who?{CONTEXT}", f"{CONTEXT}Who ?{CONTEXT}", "only in white space:"),
+        "white space": ("Who\u00a0wroteHamlet? ", "Who wrote Hamlet?"),
+        "case": ("Wer hamlet? STRASSE?", "Wer Hamlet? Straße?"),
+        "composed accents": ("Cafe\u0301 au lait?", "Caf\u00e9 au lait?"),
+        "no accents, and quotes": ("Who wrote “Cafe”?", 'Who wrote "Caf\u00e9"?'),
+        "a long context": (f"{CONTEXT}Who?{CONTEXT}", f"{CONTEXT}Who ?{CONTEXT}"),
     },
 )
 @pytest.mark.parametrize("matched", [0, 3, 40])
-def test_near_misses_are_shown(experiment: Experiment, question: str, stored: str, cause: str, matched: int) -> None:
+def test_near_misses_are_shown(experiment: Experiment, question: str, stored: str, matched: int) -> None:
     usual = [f"Which is number {n}?" for n in range(matched)]
     experiment.ask("Another one that is not there?", question, *usual)
     pair = [prompt_of(text).removeprefix("user: ") for text in (question, stored)]
     experiment.log_prompts(pair[1], *map(prompt_of, usual))
     result = experiment.run(code=0 if matched else 1)
     assert census(result) == "1/1"
-    assert cause in result.err
+    assert "differs only in white space, case, accents or punctuation\n" in result.err
     assert (len(result.warnings()), "another experiment" in result.err) == (matched > 0, False)
     same = next(n for n in range(9999) if pair[0][n] != pair[1][n])
     for name, text in zip(["tried:  ", "stored: "], pair):
@@ -286,6 +297,15 @@ def test_near_misses_are_shown(experiment: Experiment, question: str, stored: st
         assert ascii(text[same - 20 : same + 4])[1:-1] in excerpt
 
 
+def test_near_misses_are_not_explained_by_the_numbers_in_them(experiment: Experiment) -> None:
+    experiment.ask(*[{"index": n, "prompt": f"what is 7 times {n * 7}, or {n * 3}"} for n in range(50)])
+    experiment.log_prompts(*[prompt_of(f"What is 7 times {n * 7}, or {n * 3}") for n in range(50)])
+    result = experiment.run(code=1)
+    assert (census(result), result.proposals()) == ("50/50", [])
+
+
+BLANK = [{**line, "reference": line["reference"] + "\n\n" * (n % 5 == 0)} for n, line in enumerate(SOME)]
+SHARED = [{**line, "shared": "The text that all questions are about."} for line in SOME]
 MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
 
 
@@ -301,13 +321,16 @@ MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
         "a kind that half of those matched have": (SOME, [MODEL, ("other", BRIEF, range(15, 60))], ""),
         "a kind that fewer have": (SOME, [MODEL, ("other", BRIEF, range(16, 60))], "other 30/30"),
         "no template makes the rest": (LETTERS, [MODEL, REST, ("judge", ODD["lower"], 60)], "rest 30/90"),
+        "a judge of one line less": (SOME, [("model", DEFAULT, 59), ("judge", lambda n: f"{n} or {n * 7}", 59)], ""),
+        "a generator from stripped texts": (BLANK, [MODEL, ("g", lambda n: GENERATOR.format(**SOME[n]), 60)], ""),
+        "a text that lines share": (SHARED, [MODEL, ("other", "{shared} {prompt}?", range(30, 60))], "other 30/30"),
         "each question twice": (TWICE, [MODEL, ("other", "user: Q: {prompt}", range(30, 60))], "other 30/30"),
     },
 )
 def test_after_a_match_only_the_rest_is_news(experiment: Experiment, lines: Any, kinds: Any, expected: str) -> None:
     log_study(experiment, lines, *kinds)
     result = experiment.run()
-    said = [f"{len(lines) - kinds[0][2]} of {len(lines)} QA lines have no entry"] if expected else []
+    said = [f"no usable entry for {len(lines) - kinds[0][2]} of {len(lines)} QA lines"] if expected else []
     assert (census(result), [warning.split(".")[0] for warning in result.warnings()]) == (expected, said)
     assert ("hint: " in result.err) == bool(expected)
 
@@ -318,28 +341,10 @@ def test_after_a_trial_run_the_real_runs_template_goes_before_those_given(experi
     options = [f"--prompt_template={text}".replace("\n", "\\n") for text in given]
     result = experiment.run(*options[: len(given) % 2])
     assert census(result) == "model 199/199"
-    assert [warning[:10] for warning in result.warnings()] == ["199 of 200"]
+    assert [warning[:31] for warning in result.warnings()] == ["no usable entry for 199 of 200 "]
     words = paste(result.proposals()[0])
     assert words == [f"--prompt_template={BRIEF}".replace("\n", "\\n"), *options]
     assert experiment.run(*words).generations() == answers("model", 200)
-
-
-def test_the_explanation_comes_before_the_output_is_replaced(experiment: Experiment, monkeypatch: Any) -> None:
-    seen = []
-
-    def look(record: logging.LogRecord) -> bool:
-        seen.append(("multi-sample" in record.getMessage(), experiment.output.read_text()))
-        return True
-
-    experiment.ask(*LINES[:9])
-    prompts = [DEFAULT.format(**LINES[0]), *(BRIEF.format(**line) for line in LINES[1:9])]
-    experiment.log(*[logged("", " An answer." if n < 8 else None, prompt=prompt) for n, prompt in enumerate(prompts)])
-    # The template that is tried then leads to a corrupted entry, and so to the other store, of which a warning tells.
-    write_store(experiment.lmdb, [(b"0" * 64 + b"_1", {}), (prompts[8], logged("", prompt=prompts[8]))])
-    experiment.output.write_text("old")
-    monkeypatch.setattr(logging.getLogger("reconstruct_inference"), "filters", [look])
-    experiment.run()
-    assert (True, "old") in seen
 
 
 def test_only_prompts_of_usable_entries_are_counted_and_each_once(experiment: Experiment) -> None:
@@ -366,23 +371,6 @@ def test_of_a_large_store_a_share_is_looked_at(experiment: Experiment, is_whole:
     near, looked_at = (int(number.replace(",", "")) for number in census(result).split("/"))
     assert 2900 < looked_at < 3100  # two thirds of those without a line
     assert 130 < near < 220  # of some 280 lines
-
-
-def test_prompts_that_belong_to_lines_are_no_near_misses_in_large_stores(experiment: Experiment) -> None:
-    texts = [f"What is {n}?" for n in range(9000)]
-    entries = [(entry["prompt"], entry) for entry in map(logged, texts)]
-    write_store(experiment.metadata, [*entries[:-1], (entries[-1][0], logged(texts[-1], None))])
-    write_store(experiment.lmdb, entries[-7000:])
-    experiment.ask(*[f"{text}?" for text in texts[:300]], *texts)
-    result = experiment.run()
-    assert result.counts() == {"QA lines": 9300, "matched": 9000, "without an entry": 300}
-    assert (result.warnings(), census(result)) == ([], "")
-
-
-def test_of_very_long_prompts_fewer_are_looked_at(experiment: Experiment) -> None:
-    experiment.ask(*[{"prompt": f"{n}?"} | {f"field {k}": f"text {k}" for k in range(80)} for n in range(300)])
-    experiment.log_prompts(*[f"{n}!" + "x" * 20_000 for n in range(40)])
-    assert "13 of the 13 prompts looked at" in experiment.run(code=1).error()
 
 
 def test_lines_with_hundreds_of_fields_or_levels_do_not_matter(experiment: Experiment) -> None:

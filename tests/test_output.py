@@ -56,6 +56,13 @@ def test_a_stopped_run_says_so_and_leaves_what_was_there(asked: Experiment, numb
         assert sorted(os.listdir(asked.folder)) == FILES
 
 
+def test_two_signals_at_once_are_one_stop(asked: Experiment) -> None:
+    with halfway(asked) as process:
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGHUP)
+        assert process.communicate(timeout=DEADLINE)[1].decode() == f"error: stopped; {asked.output} is unchanged\n"
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_that_the_caller_ignores_as_nohup_does_stays_ignored(asked: Experiment, number: int) -> None:
     with halfway(asked, ignored=number) as process:

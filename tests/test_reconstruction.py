@@ -157,7 +157,7 @@ def test_a_template_that_cannot_be_used_is_shown_as_typed_with_the_reason(asked:
         reconstruct_inference(asked.qa, asked.lmdb, asked.output, prompt_template=["{prompt}", text])
 
 
-@pytest.mark.parametrize("around", [b"\xef\xbb\xbf%b\r\n", b"\n  \n\r\n%b\n\n", b"\xef\xbb\xbf\n%b", b" \t%b \t\n"])
+@pytest.mark.parametrize("around", [b"\xef\xbb\xbf%b\r\n", b"\n  \n\r\n%b\n\n", b"\n\xef\xbb\xbf%b", b" \t%b \t\n"])
 def test_white_space_and_a_byte_order_mark_are_not_worth_a_word(asked: Experiment, around: bytes) -> None:
     asked.qa.write_bytes(around % LINE.strip())
     result = asked.run()
@@ -245,7 +245,6 @@ def test_a_file_in_which_one_line_is_an_object_is_never_refused(asked: Experimen
         "a JSON array spread out": (json.dumps([{"prompt": "q"}], indent=1).encode(), "JSON array", "jq"),
         "nothing": (b"", "is empty", ""),
         "blank lines": (b"\n \t\r\n", "is empty", ""),
-        "a byte order mark": (b"\xef\xbb\xbf", "is empty", ""),
     },
 )
 def test_a_file_that_is_certainly_no_json_lines_is_named_with_any_cure(
@@ -263,15 +262,17 @@ def test_a_file_that_is_certainly_no_json_lines_is_named_with_any_cure(
 
 
 def test_the_recipe_for_csv_keeps_every_cell_as_it_is(asked: Experiment) -> None:
-    cells = ["q", "None", "NA", "null", "00123", "1e3", "", " x ", 'a "b", c\nd\r\ne', "東京 é", "x" * 200_000]
+    cells = ["q", "None", "NA", "null", "00123", "1e3", "", " x ", 'a "b", c\nd\r\ne', "東京 é"]
     asked.qa = asked.folder / "it's qa.CSV"
+    asked.qa.write_text("prompt;answer\n")  # which the recipe would take for one cell
+    assert "it is CSV" not in asked.run(code=1).err
     with asked.qa.open("w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([("prompt", "Gold answer"), *zip(cells, cells)])
     said = asked.run(code=1).error()
     bash(said[said.index("python3 ") :], asked.folder)
     asked.qa = asked.folder / "it's qa.CSV.jsonl"
     assert read_lines(asked.qa) == [{"prompt": cell, "Gold answer": cell} for cell in cells]
-    assert asked.run().counts() == {"QA lines": 11, "matched": 1, "without an entry": 10}
+    assert asked.run().counts() == {"QA lines": 10, "matched": 1, "without an entry": 9}
 
 
 @pytest.mark.parametrize("line", ["version https://git-lfs", "<!DOCTYPE html>", "- prompt: q", "{'p': 'q'}", '["q"]'])
@@ -281,6 +282,13 @@ def test_any_other_file_is_shown_by_how_it_begins(asked: Experiment, line: str) 
     assert f"{line}\\\\xffxx" in said
     assert "x" * 60 not in said
     assert "hint: expected JSON Lines" in said
+
+
+def test_standard_input_is_read_from_where_the_shell_left_it(asked: Experiment) -> None:
+    asked.ask("not this", "q", "q")
+    command = shlex.join(["python", str(SCRIPT), *asked.arguments(qa="-")])
+    said = bash(f"{{ read -r first; {command}; }} < qa.jsonl", asked.folder)
+    assert "QA lines: 2 (2 matched)\n" in said.stderr
 
 
 def test_a_tilde_is_the_home_folder(asked: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,9 +339,7 @@ def test_the_function_returns_the_counts_and_prints_nothing(asked: Experiment, c
         counts = reconstruct_inference(str(asked.qa), asked.lmdb, asked.output, prompt_template=template)
         found = {"qa_lines": 2, "matched": 1, "without_entry": 1, "models": counts.models}
         assert vars(counts) == {**vars(Counts()), **found}
-        assert [(name, *vars(model).values()) for name, model in counts.models.items()] == [
-            ("a-model", 1, *[1750000000.25] * 2)
-        ]
+        assert counts.models == {"a-model": 1}
     assert capsys.readouterr() == ("", "")
     asked.log_prompts(r"q\n", "q\n")  # and it takes a template as it is
     reconstruct_inference(asked.qa, asked.lmdb, asked.output, prompt_template=r"{prompt}\n", prompt_as_sent=True)
@@ -343,7 +349,7 @@ def test_the_function_returns_the_counts_and_prints_nothing(asked: Experiment, c
 def test_the_function_raises_what_the_user_can_solve_with_a_hint(experiment: Experiment) -> None:
     experiment.ask("never asked")
     experiment.log_prompts("user: never asked")
-    with pytest.raises(ReconstructionError, match="none of 1 QA line ") as caught:
+    with pytest.raises(ReconstructionError, match="no usable entry for 1 of 1 QA line") as caught:
         reconstruct_inference(experiment.qa, experiment.lmdb, experiment.output)
     assert "--prompt_template='user: {prompt}'" in caught.value.hint
     assert str(caught.value).endswith(f"\nhint: {caught.value.hint}")
@@ -354,7 +360,6 @@ def test_python_users_get_log_records_of_the_usual_levels(asked: Experiment, cap
     caplog.set_level("DEBUG", "reconstruct_inference")
     reconstruct_inference(asked.qa, asked.lmdb, asked.output, prompt_template=prompt_of("{prompt}"))
     assert [record.levelname for record in caplog.records] == ["DEBUG"] + ["WARNING"] * 3 + ["DEBUG"] * 2 + ["INFO"] * 4
-    assert {record.name for record in caplog.records} == {"reconstruct_inference"}
 
 
 def test_runs_in_one_process_say_everything_once(asked: Experiment) -> None:

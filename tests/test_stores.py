@@ -96,8 +96,9 @@ def change(store: Path, before: bytes, after: bytes) -> None:
     {
         "its path, one store inside the other": ("p", {"p": "qw", "p/_metadata": "q"}, ["p/_metadata", "p"]),
         "its path, another run's store inside": ("p", {"p_metadata": "q", "p/_metadata": "qw"}, ["p_metadata"]),
-        "a slash, another run's store beside": ("p/", {"p_metadata": "qw", "p/_metadata": "q"}, ["p/_metadata"]),
+        "a symbolic link to it": ("link", {"p_metadata": "q", "p": "qw"}, ["p_metadata", "p"]),
         "the metadata store": ("p_metadata/", {"p_metadata": "q", "p": "qw"}, ["p_metadata", "p"]),
+        "the metadata store's lock.mdb": ("p_metadata/lock.mdb", {"p_metadata": "q", "p": "qw"}, ["p_metadata", "p"]),
         "the metadata store's data.mdb": ("p_metadata/data.mdb", {"p_metadata": "q", "p": "qw"}, ["p_metadata", "p"]),
         "its data.mdb from there": ("data.mdb", {"../here_metadata": "q", ".": "qw"}, ["../here_metadata", "."]),
         "a path that is called data.mdb": ("data.mdb", {"data.mdb_metadata": "q"}, ["data.mdb_metadata"]),
@@ -108,6 +109,7 @@ def test_the_stores_are_found_from(experiment: Any, monkeypatch: Any, typed: str
     experiment.ask("q", "w")
     (experiment.folder / "here" / "p").mkdir(parents=True)
     monkeypatch.chdir(experiment.folder / "here")
+    Path("link").symlink_to("p")
     for name, questions in stores.items():
         write_store(Path(name), [(prompt_of(q), logged(q, name)) for q in questions])
     assert experiment.run(lmdb=typed).generations() == answering
@@ -168,6 +170,13 @@ def test_damage_loses_nothing_that_is_whole_in_either_store(both: Experiment, da
     result = both.run()
     changes_letters = damage in ("bytes flipped", "pages swapped")  # and of what is lost, an old copy may be whole
     assert answers(result) == whole or (changes_letters and len(whole.keys() - answers(result).keys()) <= 1)
+
+
+def test_what_a_damaged_metadata_store_lost_is_looked_for_in_a_smaller_one(alone: Experiment) -> None:
+    damage_store(alone.metadata, "pages zeroed")
+    lost = set(QUESTIONS) - whole_in(alone.metadata).keys()
+    write_store(alone.lmdb, [(prompt_of(question), logged(question, ANSWERS[question])) for question in lost])
+    assert answers(alone.run()) == ANSWERS
 
 
 def test_a_metadata_store_without_entries_is_called_so_and_costs_only_the_timestamps(both: Experiment) -> None:
@@ -313,7 +322,6 @@ def test_a_read_only_store_is_read_and_a_closed_one_called_so(alone: Experiment,
         "an empty lock file": lambda lock, other: lock.write_bytes(b""),
         "a lock file of other content": lambda lock, other: lock.write_bytes(b"\xde\xc0\xef\xbe" * 3000),
         "a lock file that is a symbolic link": lambda lock, other: (lock.unlink(), lock.symlink_to(other)),
-        "a lock file that is a hard link": lambda lock, other: (lock.unlink(), lock.hardlink_to(other)),
         "an address space smaller than the map": lambda *_: resource.setrlimit(resource.RLIMIT_AS, (1 << 31,) * 2),
         "a caller that ignores SIGCHLD": lambda *_: signal.signal(signal.SIGCHLD, signal.SIG_IGN),
     },
@@ -424,9 +432,3 @@ def test_a_fork_that_fails_ends_the_run_and_leaves_no_signal_blocked(both: Exper
     result = both.run(code=1)
     assert (result.warnings(), signal.pthread_sigmask(signal.SIG_BLOCK, [])) == ([], set())
     assert "process: Resource temporarily unavailable" in result.error()
-
-
-def test_a_signal_as_the_check_ends_is_a_stop_like_any_other(asked: Experiment, monkeypatch: Any) -> None:
-    wait, stop = os.waitpid, Mock(side_effect=SystemExit(143))
-    monkeypatch.setattr(os, "waitpid", lambda *child: wait(*child) and stop())
-    assert "stopped" in asked.run(code=143).error()
