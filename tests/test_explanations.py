@@ -95,7 +95,7 @@ def test_the_only_option_pasted_into_bash_gives_each_answer(experiment: Experime
     result = experiment.run(code=1)
     assert census(result) == "some-model 6/7"
     (option,) = result.proposals()
-    assert option.isprintable()
+    assert (option.isprintable(), option.count("--prompt_template")) == (True, 1)
     again = experiment.run(*paste(option))
     assert again.generations() == [f"response {n}" for n in range(6)]
     assert again.counts() == {"QA lines": 7, "matched": 6, "without an entry": 1}
@@ -119,10 +119,8 @@ ODD: dict[str, Callable[[int], str]] = {
     "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} {'Briefly, ' * 30}",
     "name": lambda n: f"{random_name(n + 5000)}, {n}\nWhat is to be known of them?",
     "last": lambda n: f"What is known of {random_name(n)}",
-    "book": lambda n: f"In one book, {random_name(n + 5000)} Answer:",
     "helpful": lambda n: f"system: You are helpful.\nuser: {LINES[n]['prompt']}\n(A) {n % 7}\n(B) {n}\nAnswer:",
     "strict": lambda n: f"system: You are strict.\nuser: {LINES[n]['prompt']}\nAnswer {random_name(n)}\nRight?",
-    "page": lambda n: f"On one page, {random_name(n + 5000)} Answer:",
 }
 EXAM = [
     {**line, "answer": f"a {n}", "of": {"A": f"a {n + n % 2}", "B": f"a {n + 1 - n % 2}"}}
@@ -131,9 +129,6 @@ EXAM = [
 TOKENS = [{"q": {"text": line["prompt"]}, "tokens": ["What"] * 5000} for line in LINES[:9]]
 JUDGES = [("generator", GENERATOR, 60), ("judge", JUDGE, 60)]
 SMALL_KINDS = [("a", "A {prompt}", 9), ("b", "B {prompt}", 20), ("c", "C {title}", range(10, 20))]
-DOUBLE = "user: {title} -and now- {prompt} -and now- {answer}"
-ONCE = ("once", lambda n: f"user: {SOME[n]['prompt'].lower()} -and now- {n}", 50)
-ALIKE = [("m", DOUBLE, 60), ("front", lambda n: random_name(n + 5000) + DOUBLE.format(**SOME[n]), 40), ONCE]
 TWICE = [{"inside": ["x"] * 99, **LINES[n // 2], "note": f"note {n}"} for n in range(60)]
 LETTERS = [{"blank": " ", "x": "brief" if n == 0 else "facts"[n % 5], **line} for n, line in enumerate(SOME)]
 WORDS = [{"prompt": text} for text in ["3+3", "3+33", "art", "tar", "star", "a", "水", "木", "水木", "👩", "👩‍🚀"]]
@@ -156,8 +151,7 @@ TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(
         "rare": (LINES[:300], [("model", BRIEF, [0, 9]), ("odd", ODD["options"], 300)], "model 2/300, odd 300/302"),
         "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 12])], "model 2/60, generator 60/60, judge 60/60"),
         "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
-        "the same end": (SOME, [("x", ODD["book"], 12), ("y", ODD["page"], 10)], "x 12/22, y 10/22"),
-        "much alike": (SOME, ALIKE, "m 60/60, once 50/150, front 40/150"),
+        "few": (SOME, [("x", ODD["last"], 5)], "x 5/5"),
         "a trial": (SOME, [("t", "user: {prompt}\nAnswer:", 9), ("m", ODD["options"], 60)], "t 9/60, m 60/69"),
         "one beginning": (SOME, [("x", ODD["helpful"], 60), ("y", ODD["strict"], 59)], "x 60/119, y 59/119"),
         "an answer that is an option": (
@@ -302,6 +296,9 @@ def test_near_misses_are_not_explained_by_the_numbers_in_them(experiment: Experi
     experiment.log_prompts(*[prompt_of(f"What is 7 times {n * 7}, or {n * 3}") for n in range(50)])
     result = experiment.run(code=1)
     assert (census(result), result.proposals()) == ("50/50", [])
+    experiment.ask(*[f"What is 7 times {n * 7}, or {n * 3}" for n in range(50)])
+    result = experiment.run("--prompt_template=user: Answer in one sentence.\nQ:{prompt}\nA:", code=1)
+    assert given_by_proposals(experiment, result) == [answers("response", 50)]
 
 
 BLANK = [{**line, "reference": line["reference"] + "\n\n" * (n % 5 == 0)} for n, line in enumerate(SOME)]
@@ -323,7 +320,6 @@ MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
         "no template makes the rest": (LETTERS, [MODEL, REST, ("judge", ODD["lower"], 60)], "rest 30/90"),
         "a judge of one line less": (SOME, [("model", DEFAULT, 59), ("judge", lambda n: f"{n} or {n * 7}", 59)], ""),
         "a generator from stripped texts": (BLANK, [MODEL, ("g", lambda n: GENERATOR.format(**SOME[n]), 60)], ""),
-        "a text that lines share": (SHARED, [MODEL, ("other", "{shared} {prompt}?", range(30, 60))], "other 30/30"),
         "each question twice": (TWICE, [MODEL, ("other", "user: Q: {prompt}", range(30, 60))], "other 30/30"),
     },
 )
@@ -333,6 +329,12 @@ def test_after_a_match_only_the_rest_is_news(experiment: Experiment, lines: Any,
     said = [f"no usable entry for {len(lines) - kinds[0][2]} of {len(lines)} QA lines"] if expected else []
     assert (census(result), [warning.split(".")[0] for warning in result.warnings()]) == (expected, said)
     assert ("hint: " in result.err) == bool(expected)
+
+
+def test_a_context_that_matched_lines_share_does_not_make_a_prompt_a_judges(experiment: Experiment) -> None:
+    rest = ("rest", lambda n: f"{SHARED[n]['shared']} {ODD['options'](n)}", range(30, 60))
+    log_study(experiment, SHARED, ("model", "{shared} {prompt}", 30), rest)
+    assert census(experiment.run("--prompt_template={shared} {prompt}")) == "rest 30/30"
 
 
 @pytest.mark.parametrize("given", [[DEFAULT, DEFAULT[6:]], ["A\n{prompt}"]])
@@ -348,13 +350,14 @@ def test_after_a_trial_run_the_real_runs_template_goes_before_those_given(experi
 
 
 def test_only_prompts_of_usable_entries_are_counted_and_each_once(experiment: Experiment) -> None:
-    experiment.qa.write_text('{"prompt": "Not there?", "odd": "\\ud800"}\n')
+    experiment.qa.write_text('{"prompt": "Not there? \\ud800", "odd": "\\ud800"}\n')
     first, second = ([logged("", prompt=f"a prompt {n}", model=who) for n in range(30)] for who in ("first", "second"))
     useless: list[Any] = [{"prompt": "a prompt"}, b"no pickle", {"response": "x"}, {"prompt": 7, "response": "x"}]
     keys = [*(b"%064x" % n for n in range(4)), *(b"f" * 63 + b"%x" % n for n in range(4))]
     entries = [(entry["prompt"], entry) for entry in first[:20]]
     write_store(experiment.metadata, [*entries, (b"e" * 64, logged("", prompt="\ud800")), *zip(keys, useless * 2)])
-    write_store(experiment.lmdb, [(entry["prompt"], entry) for entry in second])
+    sample = (b"0" * 64 + b"_1", logged("", prompt="a sample"))
+    write_store(experiment.lmdb, [*[(entry["prompt"], entry) for entry in second], sample])
     error = experiment.run(code=1).error()
     assert "30 of the 31 prompts looked at" in error
     assert "`first`, `second` answered" in error

@@ -175,11 +175,6 @@ def test_a_malformed_line_is_reported_by_its_number_and_skipped(asked: Experimen
     assert warning.startswith(f"{asked.qa}:4: malformed QA line, skipped: {reason}")
 
 
-def test_a_question_with_a_lone_surrogate_is_one_without_an_entry(asked: Experiment) -> None:
-    asked.qa.write_bytes(b'{"prompt": "\\ud800"}\n' + LINE)
-    assert asked.run().counts() == {"QA lines": 2, "matched": 1, "without an entry": 1}
-
-
 @table(
     "value, reason",
     {
