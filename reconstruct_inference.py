@@ -67,7 +67,7 @@ log = logging.getLogger("reconstruct_inference")
 
 
 class ReconstructionError(Exception):
-    """A problem that the user can solve. `hint` says how, on the command line."""
+    """A problem that the user can solve. `hint` says how on the command line."""
 
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(f"{text}\nhint: {hint}" if hint else text)
@@ -83,7 +83,7 @@ class CorruptedEntry(Exception):
 
 
 class Counts(types.SimpleNamespace):
-    """What was found. `qa_lines` is the sum of the four next counts."""
+    """What was found. `qa_lines` is the sum of the next four counts."""
 
     def __init__(self) -> None:
         self.qa_lines = 0  # lines that are not blank
@@ -112,7 +112,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 @contextmanager
 def progress_bar(what: str, size: int | None, shown: bool) -> Iterator[Callable[[int], object]]:
-    """Shows a bar on the terminal. Yields a function that advances it, by bytes."""
+    """Shows a bar on the terminal. Yields a function that advances it by bytes."""
     if not shown:
         yield lambda size: None
         return
@@ -199,7 +199,7 @@ class PromptTemplate:
     """Text in which `{name}`, or `{messages.0.content}` if nested, stands for a field."""
 
     def __init__(self, text: str) -> None:
-        """Raises ValueError if the text cannot be used."""
+        """Raises ValueError if it cannot be used."""
         self.text = text
         self.parts: list[tuple[str, str]] = []  # a text, and the field that follows it
         self.tail = ""
@@ -240,7 +240,7 @@ class PromptTemplate:
 
 def key_of(prompt: str) -> bytes:
     """Returns the key that the logger gives a prompt: the SHA-256 of its UTF-8, in hex."""
-    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest().encode()  # no entry has surrogates
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest().encode()  # surrogates match nothing
 
 
 # --- Entries ---
@@ -292,7 +292,7 @@ class ValueFile(io.RawIOBase):
 def read_entry(load: Loader, prompt: str | None = None) -> tuple[object, Entry]:
     """Returns the prompt and the entry of a value. Raises CorruptedEntry if it is unusable or of another prompt.
 
-    The metadata store has the logged fields, the activations store `{"data": fields, …}` or, once, the fields.
+    The metadata store has the logged fields, the activations store `{"data": fields, …}` or, formerly, the fields.
     """
     try:
         logged = load()
@@ -350,11 +350,12 @@ def locate_stores(path: str) -> list[str]:
         path = os.path.dirname(path) or "."
     base = path.rstrip("/") if path.strip("./") else os.path.abspath(path)  # `.` is not a name
     places = [f"{base}_metadata", f"{base}/_metadata", f"{os.path.realpath(base)}_metadata"]  # a link?
-    metadata, activations = next(filter(os.path.exists, places), ""), base
+    metadata = next(filter(os.path.exists, places), "")
+    activations = base
     if not metadata and base.endswith("_metadata"):
         metadata, activations = base, os.path.normpath(base.removesuffix("_metadata"))
     if not metadata:
-        return [places[0], base] if os.path.exists(f"{base}/data.mdb") else [base]
+        return [places[0], base] if os.path.exists(f"{base}/data.mdb") else [base]  # to warn
     if not os.path.exists(activations) or is_same_file(data_file(activations), data_file(metadata)):
         return [metadata]
     return [metadata, activations]
@@ -422,7 +423,7 @@ def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # about other threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # of other threads
             child = os.fork()
     except OSError as error:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -435,7 +436,7 @@ def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
     except ChildProcessError:
         pass  # the caller ignores SIGCHLD, so it is gone
     except BaseException:
-        with suppress(OSError):  # if it has just ended
+        with suppress(OSError):  # it may have ended
             os.kill(child, signal.SIGTERM)  # LMDB reuses no pages while a reader is left
             os.waitpid(child, 0)
         raise
@@ -460,7 +461,7 @@ def ask_child(function: Callable[..., dict[str, int]], path: str, *arguments: ob
     """Checks a store in a child process. Returns the result with `lock`, or {} if it fails."""
     file = lock_file(path)
     can_lock = os.path.isfile(file) and not os.path.islink(file)  # lmdb would write to its target
-    for lock in (True, False) if can_lock else (False,):  # without a lock if that fails
+    for lock in (True, False) if can_lock else (False,):  # unlocked if that fails
         result = run_in_child(function, path, lock, *arguments)
         if result:
             return {**result, "lock": lock}
@@ -473,7 +474,7 @@ def read_claims(path: str, lock: bool) -> dict[str, int]:
     with open_lmdb(path, lock) as store:
         stat = store.stat()
         size = (store.info()["last_pgno"] + 1) * stat["psize"]
-    if not stat["entries"] * 64 <= size <= MAX_STORE_SIZE:  # each key takes 64 of them
+    if not stat["entries"] * 64 <= size <= MAX_STORE_SIZE:  # a key has 64 bytes
         raise ValueError("the header is damaged")
     return {"keys": stat["entries"], "size": size}
 
@@ -501,7 +502,7 @@ def look_up_every_entry(scan: Any, lookup: Any, advance: Callable[[int], object]
             bytes(value[-1:])  # reads the last page; a TypeError if there is no value
             advance(len(value))
     if keys != claimed:
-        raise ValueError("not every key is there")
+        raise ValueError("a key is missing")
     return {"keys": keys, "entries": entries}
 
 
@@ -512,7 +513,7 @@ class LmdbStore:
         self.path, self.lost = path, 0
         self.key_count, self.entries = checked["keys"], checked["entries"]
         self._env = stack.enter_context(open_lmdb(path, bool(checked["lock"])))
-        # Without a lock, a logger may overwrite what a transaction sees. Each look-up has its own.
+        # Without a lock, a logger may overwrite what a transaction sees, so each look-up begins one.
         self._snapshot = stack.enter_context(self._env.begin(buffers=True)) if checked["lock"] else None
 
     def keys(self) -> Iterator[bytes]:
@@ -624,7 +625,7 @@ class EntryFinder:
         self.stores: list[LmdbStore | SalvagedStore] = []
         self._unopened = list(paths)
         self._progress, self._stack = progress, stack
-        self.sample_bound = b"g"  # keys below it are the sample; at first, all
+        self.sample_bound = b"g"  # the sample: keys below it, so at first all hex
         self.used_keys: set[bytes] = set()  # of the sample, those of QA lines
         while not self.stores:
             self._open_next_store()
@@ -667,7 +668,7 @@ class EntryFinder:
                     load = store.loader(key)
                     _, entry = read_entry(load, prompt) if load else (None, None)
                 except CorruptedEntry as error:
-                    if self._open_next_store():  # which may have a usable one
+                    if self._open_next_store():  # it may have a usable one
                         return self.find(qa, templates)
                     entry, reason = None, error
                 if key < self.sample_bound and (entry or reason):
@@ -700,7 +701,7 @@ class EntryFinder:
 # Writes each QA line with its entry, and keeps samples for the census.
 
 LINE_WARNINGS = 3  # of each kind; the summary has the counts
-MATCHED_SAMPLE_SIZE, UNMATCHED_SAMPLE_SIZE = 100, 300  # QA lines; half of the latter are the first
+MATCHED_SAMPLE_SIZE, UNMATCHED_SAMPLE_SIZE = 100, 300  # QA lines; the first 150 and a spread of later ones
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
@@ -722,10 +723,9 @@ def merge(line: bytes, qa: QA, entry: Entry) -> tuple[bytes, list[str]]:
         text = _encode_json(entry)
     # The QA line, never {} here, stays as it is. Lone surrogates become JSON escapes.
     if qa.keys().isdisjoint(entry):
-        return b"%b, %b\n" % (
-            line[line.index(b"{") : line.rindex(b"}")],
-            text[1:].encode("utf-8", "backslashreplace"),
-        ), unusable
+        kept = line[line.index(b"{") : line.rindex(b"}")]
+        added = text[1:].encode("utf-8", "backslashreplace")
+        return b"%b, %b\n" % (kept, added), unusable
     return json.dumps(qa | entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n", unusable
 
 
@@ -810,7 +810,7 @@ class Join:
 
 @contextmanager
 def open_output(path: str) -> Iterator[BinaryIO]:
-    """Opens a stream, or a temporary file that replaces the output in the end."""
+    """Opens a stream, or a temporary file that replaces the output at the end."""
     try:
         if path == "/dev/stdout" or (os.path.exists(path) and not os.path.isfile(path)):
             # Opening /dev/stdout would truncate what the shell opened with `>>`.
@@ -865,7 +865,7 @@ def find_kind(template: PromptTemplate, qa_lines: Iterable[QA], finder: EntryFin
 
 
 def find_texts(prompts: Iterable[str], texts_of_lines: list[Texts]) -> dict[str, Texts]:
-    """Returns the prompts with texts of QA lines, each with those of its best line."""
+    """Returns the prompts that contain texts of QA lines, each with those of its best line."""
     lines_with: dict[str, list[int]] = {}
     for position, texts in enumerate(texts_of_lines):
         for text in filter(str.strip, dict.fromkeys(texts.values())):
@@ -898,7 +898,7 @@ def candidate_templates(best_texts: dict[str, Texts]) -> list[PromptTemplate]:
     candidates: Counter[str] = Counter()
     for prompt, texts in best_texts.items():
         fields = [field for field in reversed(texts.items()) if FIELD_NAME.fullmatch(field[0])]
-        fields.sort(key=lambda field: -len(field[1]))  # of equal ones, the nested one first
+        fields.sort(key=lambda field: -len(field[1]))  # reversed: of equals, the nested one first
         sets = [[field] for field in fields] + [fields[:count] for count in range(2, len(fields) + 1)]
         candidates.update({template_of(prompt, dict(chosen)) for chosen in sets})
     ranked = sorted(candidates, key=lambda text: (-candidates[text], len(text), text))
@@ -913,7 +913,7 @@ def proved_kinds(templates: list[PromptTemplate], least: int, near_misses: dict[
     for kind in kinds:
         prompts = kind.entries.keys()
         is_new = not any(prompts <= better.entries.keys() for better in proved)
-        # A template that makes only some of the near misses is chance.
+        # One that makes only near misses, and not all, fits by chance.
         if is_new and len(prompts) >= least and not prompts < near_misses.keys():
             proved.append(kind)
     return proved
@@ -932,7 +932,7 @@ def is_of_kind(prompt: str, texts: Texts, kind: Kind, join: Join) -> bool:
     """Returns whether a kind explains a prompt, even one of a QA line outside the sample."""
     is_made = prompt in kind.entries
     if is_made or kind.template.make_prompt({name: text for name, text in texts.items() if is_long(text)}):
-        return is_made  # its QA line is in the sample
+        return is_made  # every field is known, so this is exact
     own_texts = [own_text for own_text, _ in kind.template.parts] + [kind.template.tail]
     # A short template fits other kinds, too. It counts only if the sample lacks QA lines.
     may_fit = is_long("".join(own_texts)) or join.unmatched_count > len(join.unmatched_sample)
@@ -959,7 +959,7 @@ def unexplained(texts_in: dict[str, Texts], kinds: list[Kind], join: Join) -> di
     names, others = join.field_names, {}
     matched = [[text for name, text in texts_of(qa) if name in names] for qa in join.matched_sample]
     for prompt, texts in texts_in.items():
-        # After a match, a prompt needs an unmatched question. One with a matched one is a judge's.
+        # Once lines matched, a prompt on a matched one is a judge's; others need an unmatched one.
         is_a_judges = any(all(text in prompt for text in qa_texts) for qa_texts in matched)
         if matched and (is_a_judges or not texts.keys() & names):
             continue
@@ -977,7 +977,7 @@ def find_near_misses(prompts: Iterable[str], tried: list[str]) -> dict[str, str]
 
 
 def is_judges(kind: Kind, join: Join) -> bool:
-    """Returns whether a kind also fits the matched lines, if these are enough to tell."""
+    """Returns whether a kind fits matched lines at least half as often, if enough lines matched."""
     if join.unmatched_count > 10 * join.counts.matched:
         return False
     in_matched = find_kind(kind.template, join.matched_sample, join.finder).match_count
@@ -988,7 +988,7 @@ def explain(join: Join) -> ReconstructionError:
     """Returns why QA lines have no entry, with a hint if the user can do something."""
     plain = ReconstructionError(headline(join))
     sample = join.unmatched_sample
-    if not sample or not join.finder.unused_prompts(0):  # no QA line or no prompt is left
+    if not sample or not join.finder.unused_prompts(0):  # nothing is left
         return plain
     texts_of_lines = [dict(itertools.islice(texts_of(qa), MAX_TEXTS)) for qa in sample]
     prompts = join.finder.unused_prompts(SEARCH_BUDGET // (1 + sum(map(len, texts_of_lines))))
@@ -996,7 +996,7 @@ def explain(join: Join) -> ReconstructionError:
     telling = {prompt: telling_texts(texts, join) for prompt, texts in best_texts.items()}
     tried = [prompt for qa in sample for template in join.templates if (prompt := template.make_prompt(qa))]
     near_misses = find_near_misses(prompts, tried)
-    has_few = len(prompts) <= SHOWN_KINDS or join.unmatched_count == 1
+    has_few = len(prompts) <= SHOWN_KINDS or join.unmatched_count == 1  # then one match counts
     templates = candidate_templates(telling if has_few else best_texts)
     kinds = proved_kinds(templates, 1 if has_few else 2, near_misses, join)
     others = unexplained({p: telling.get(p, {}) for p in prompts if p not in near_misses}, kinds, join)
@@ -1009,7 +1009,7 @@ def explain(join: Join) -> ReconstructionError:
         details.append(f"{quoted(kind.template.text, 80)} {what}{answers(list(kind.entries.values()))}")
     of_prompts = f"of the {len(prompts):,} prompts looked at"
     if near_misses:
-        what = "almost matched: the first differs only in white space, case, accents or punctuation"
+        what = "almost matched: the first differs only in whitespace, case, accents or punctuation"
         details.append(f"{len(near_misses):,} {of_prompts} {what}{difference(*next(iter(near_misses.items())))}")
     for group in group_alike(others)[:SHOWN_GROUPS]:
         what = f"resembles {len(group):,} {of_prompts}; no template was found"
@@ -1022,7 +1022,7 @@ def explain(join: Join) -> ReconstructionError:
     if kinds or near_misses or any(others.values()):
         return ReconstructionError(text, hint_for(kinds, len(details), join))
     text += "".join(f"\n  tried: {quoted(prompt)}" for prompt in tried[:1])
-    text += f"\n  They contain none of the longer texts of the {counted(len(sample), 'QA line')} looked at."
+    text += "\n  They contain none of the longer texts of the QA lines looked at."
     return ReconstructionError(f"{text} The store may be from another experiment.")
 
 
@@ -1051,7 +1051,7 @@ def difference(stored: str, tried: str) -> str:
     return f"\n     tried:   {tried[start:end]!a}\n     stored:  {stored[start:end]!a}"
 
 
-def hint_for(kinds: list[Kind], kind_count: int, join: Join) -> str:
+def hint_for(kinds: list[Kind], shown: int, join: Join) -> str:
     """Returns what to do, with the options of the kinds."""
     advice = "use the inference run's QA file, or add a field with the whole prompt for --prompt_template"
     if not kinds:
@@ -1062,7 +1062,7 @@ def hint_for(kinds: list[Kind], kind_count: int, join: Join) -> str:
         # The proposed template comes first, so that a trial run does not win.
         given = join.templates if join.counts.matched else []
         text += "\n  " + " ".join(template.option() for template in [kind.template, *given])
-    return text if kind_count == len(kinds) else f"{text}\n  if its kind has no option: {advice}"
+    return text if shown == len(kinds) else f"{text}\n  if that kind has no option: {advice}"
 
 
 # --- The run and the command ---
@@ -1102,7 +1102,7 @@ def reconstruct_inference(
     os.close(descriptor)
     with _one_run, ExitStack() as stack:
         stack.callback(setattr, sys, "excepthook", sys.excepthook)
-        sys.excepthook = lambda *error: None  # called when a bytearray of absurd size fails
+        sys.excepthook = lambda *error: None  # or a bytearray of absurd size prints an error
         finder = EntryFinder(stores, progress, stack)
         join = Join(qa_path, finder, templates, prompt_as_sent)
         output_lines = join.merge_lines(progress)

@@ -283,7 +283,7 @@ def test_near_misses_are_shown(experiment: Experiment, question: str, stored: st
     experiment.log_prompts(pair[1], *map(prompt_of, usual))
     result = experiment.run(code=0 if matched else 1)
     assert census(result) == "1/1"
-    assert "differs only in white space, case, accents or punctuation\n" in result.err
+    assert "differs only in whitespace, case, accents or punctuation\n" in result.err
     assert (len(result.warnings()), "another experiment" in result.err) == (matched > 0, False)
     same = next(n for n in range(9999) if pair[0][n] != pair[1][n])
     for name, text in zip(["tried:  ", "stored: "], pair):
