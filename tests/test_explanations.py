@@ -144,7 +144,7 @@ TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(
         "one of 200 asked": (LINES[:200], [("model", BRIEF, [77])], "model 1/200"),
         "short texts": (WORDS, [("model", "user: What is {prompt}? Be brief.", 11)], "model 11/11"),
         "a QA text in the template": (NUMBERS, [("model", "answer this in one word: {prompt}", 120)], "model 120/120"),
-        "no other text": (SOME, [("a", "{prompt}", 60), ("b", ODD["options"], 50)], "a 60/60, b 50/110"),
+        "bare": (SOME, [("a", "{prompt}", 9), ("b", ODD["cut"], 50), ("c", ODD["name"], 9)], "a 9/60, b 50/68, c 9/68"),
         "an index first": (LINES, [("model", lambda n: f"[{n}] AND SO ON (of {n})", 120)], "model 120/120"),
         "a title first": (SOME, [("m", lambda n: f"{SOME[n]['title']}, then {random_name(-n)}", 60)], "m 60/60"),
         "two groups": (SOME, [("x", ODD["last"], 9), ("y", ODD["lower"], 7), ("z", ODD["name"], 8)], "x 9/24, z 8/24"),
@@ -367,6 +367,7 @@ def test_only_prompts_of_usable_entries_are_counted_and_each_once(experiment: Ex
 def test_of_a_large_store_a_share_is_looked_at(experiment: Experiment, is_whole: bool) -> None:
     texts = [f"What is {n}?" for n in range(9000)]
     experiment.log(*map(logged, texts))
+    write_store(experiment.lmdb, [(prompt_of(text), logged(text)) for text in texts[:7000]])
     experiment.ask(*texts[:4500], *[f"{text} " for text in texts[4500:]])
     if not is_whole:
         os.truncate(data := experiment.metadata / "data.mdb", data.stat().st_size - 4096)
