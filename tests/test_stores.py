@@ -416,9 +416,7 @@ def test_a_stopped_run_leaves_no_reader_with_a_live_logger(experiment: Any, numb
 
 def test_a_lock_that_is_never_granted_is_done_without(both: Experiment, monkeypatch: Any) -> None:
     monkeypatch.setattr("reconstruct_inference.LOCK_PATIENCE", 1)
-    monkeypatch.setattr(
-        os.path, "getsize", lambda path, size=os.path.getsize: threading.Event().wait(1.2) or size(path)
-    )
+    monkeypatch.setattr(os.path, "getsize", lambda path, size=os.path.getsize: os.system("sleep 1.2") or size(path))
     both.ask(*QUESTIONS, "never asked")
     locks = [os.open(store / "lock.mdb", os.O_RDWR) for store in (both.metadata, both.lmdb)]
     for lock in locks:
