@@ -43,7 +43,6 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, BinaryIO, NamedTuple
 
 if __name__ == "__main__":
     if sys.version_info < (3, 10):  # noqa: UP036
@@ -59,9 +58,14 @@ __version__ = "3.0.0"
 DEFAULT_PROMPT_TEMPLATE = "user: Answer in one sentence. Q:{prompt}\n A:"
 DEFAULT_PROMPT_TEMPLATES = (DEFAULT_PROMPT_TEMPLATE, DEFAULT_PROMPT_TEMPLATE.removeprefix("user: "))
 
-QA = dict[str, Any]  # the JSON object of a QA line
-Entry = dict[str, Any]  # the fields that an entry adds to a QA line
-Loader = Callable[[], object]  # decodes the value of an entry
+TYPE_CHECKING = False  # mypy takes it for True; `typing` is slow to import
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
+
+    QA = dict[str, Any]  # the JSON object of a QA line
+    Entry = dict[str, Any]  # what an entry adds to a QA line
+    Loader = Callable[[], object]  # decodes a value
+    Texts = dict[str, str]  # of a QA line, by field
 
 log = logging.getLogger("reconstruct_inference")
 
@@ -350,8 +354,7 @@ def locate_stores(path: str) -> list[str]:
         path = os.path.dirname(path) or "."
     base = path.rstrip("/") if path.strip("./") else os.path.abspath(path)  # `.` is not a name
     places = [f"{base}_metadata", f"{base}/_metadata", f"{os.path.realpath(base)}_metadata"]  # a link?
-    metadata = next(filter(os.path.exists, places), "")
-    activations = base
+    metadata, activations = next(filter(os.path.exists, places), ""), base
     if not metadata and base.endswith("_metadata"):
         metadata, activations = base, os.path.normpath(base.removesuffix("_metadata"))
     if not metadata:
@@ -549,7 +552,7 @@ class SalvagedStore:
 
     def __init__(self, path: str, progress: bool, stack: ExitStack) -> None:
         self.path, self.lost = path, 0  # as far as known
-        self.read_error = ""  # of the last block that could not be read
+        self.read_error = ""  # of the last unreadable block
         self._file = os.open(data_file(path), os.O_RDONLY)
         stack.callback(os.close, self._file)
         self.size = os.fstat(self._file).st_size
@@ -561,7 +564,7 @@ class SalvagedStore:
                         self._add(start + match.start())
                 advance(SCAN_BLOCK)
         self.entries = len(self._newest)
-        self.key_count = 0  # unknown, so the other store may have more
+        self.key_count = 0  # unknown; the other may have more
 
     def keys(self) -> Iterator[bytes]:
         return iter(sorted(self._newest))
@@ -724,8 +727,7 @@ def merge(line: bytes, qa: QA, entry: Entry) -> tuple[bytes, list[str]]:
     # The QA line, never {} here, stays as it is. Lone surrogates become JSON escapes.
     if qa.keys().isdisjoint(entry):
         kept = line[line.index(b"{") : line.rindex(b"}")]
-        added = text[1:].encode("utf-8", "backslashreplace")
-        return b"%b, %b\n" % (kept, added), unusable
+        return b"%b, %b\n" % (kept, text[1:].encode("utf-8", "backslashreplace")), unusable
     return json.dumps(qa | entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n", unusable
 
 
@@ -840,13 +842,12 @@ def open_output(path: str) -> Iterator[BinaryIO]:
 SEARCH_BUDGET = 3_000_000_000  # characters to compare, about two seconds
 MAX_TEXTS, MAX_CANDIDATES = 40, 100  # texts per QA line to look for, templates to try
 TELLING_SIZE = 16  # bytes; a shorter text may be in a prompt by chance
-BEGINNING, END = 12, 4  # characters in which prompts of a group are alike
+BEGINNING, END = 12, 4  # characters in which a group is alike
 SHOWN_KINDS, SHOWN_GROUPS = 4, 2  # kinds with a template, groups without
 PRIVATE_USE = 0xE000  # code points that few texts have
-Texts = dict[str, str]  # of a QA line, by the names of the fields
 
 
-class Kind(NamedTuple):
+class Kind(types.SimpleNamespace):
     """The prompts in the store that a template makes from some QA lines."""
 
     template: PromptTemplate
@@ -861,7 +862,7 @@ def find_kind(template: PromptTemplate, qa_lines: Iterable[QA], finder: EntryFin
             prompt, entry = finder.find(qa, [template])
             if entry:
                 matches.append((prompt, entry))
-    return Kind(template, len(matches), dict(matches))
+    return Kind(template=template, match_count=len(matches), entries=dict(matches))
 
 
 def find_texts(prompts: Iterable[str], texts_of_lines: list[Texts]) -> dict[str, Texts]:
@@ -932,7 +933,7 @@ def is_of_kind(prompt: str, texts: Texts, kind: Kind, join: Join) -> bool:
     """Returns whether a kind explains a prompt, even one of a QA line outside the sample."""
     is_made = prompt in kind.entries
     if is_made or kind.template.make_prompt({name: text for name, text in texts.items() if is_long(text)}):
-        return is_made  # every field is known, so this is exact
+        return is_made  # its fields are known
     own_texts = [own_text for own_text, _ in kind.template.parts] + [kind.template.tail]
     # A short template fits other kinds, too. It counts only if the sample lacks QA lines.
     may_fit = is_long("".join(own_texts)) or join.unmatched_count > len(join.unmatched_sample)
@@ -969,7 +970,7 @@ def unexplained(texts_in: dict[str, Texts], kinds: list[Kind], join: Join) -> di
 
 
 def find_near_misses(prompts: Iterable[str], tried: list[str]) -> dict[str, str]:
-    """Returns prompts with the same letters as one that was tried, each with that one."""
+    """Returns prompts that have the letters of one that was tried, with that one."""
     normal = {prompt: unicodedata.normalize("NFKD", prompt).casefold() for prompt in [*prompts, *tried]}
     letters = {prompt: re.sub(r"[^\w+<=>]|_", "", text) for prompt, text in normal.items()}
     by_letters = {letters[prompt]: prompt for prompt in tried}
@@ -977,7 +978,7 @@ def find_near_misses(prompts: Iterable[str], tried: list[str]) -> dict[str, str]
 
 
 def is_judges(kind: Kind, join: Join) -> bool:
-    """Returns whether a kind fits matched lines at least half as often, if enough lines matched."""
+    """Returns whether a kind fits matched lines at least half as often, if enough matched."""
     if join.unmatched_count > 10 * join.counts.matched:
         return False
     in_matched = find_kind(kind.template, join.matched_sample, join.finder).match_count
@@ -1034,8 +1035,7 @@ def headline(join: Join) -> str:
     if counts.malformed == counts.qa_lines:
         names = dict.fromkeys(name for qa in join.unmatched_sample for name in [*qa, *dict(texts_of(qa))])
         return f"no QA line has text in {listed(join.field_names)}; found: {listed(names, 20)}"
-    missing = join.unmatched_count + counts.corrupted
-    return f"no usable entry for {missing:,} of {counted(counts.qa_lines, 'QA line')}"
+    return f"no usable entry for {join.unmatched_count + counts.corrupted:,} of {counted(counts.qa_lines, 'QA line')}"
 
 
 def answers(entries: Sequence[Entry]) -> str:
