@@ -52,7 +52,7 @@ if __name__ == "__main__":
 
 import lmdb
 
-__version__ = "3.0.0"
+__version__ = "4.0.0"
 
 # Servers log chat messages as `role: content`. Later ones log a single message without its role.
 DEFAULT_PROMPT_TEMPLATE = "user: Answer in one sentence. Q:{prompt}\n A:"
