@@ -165,7 +165,7 @@ def read_qa_lines(path: str, progress: bool) -> Iterator[tuple[int, bytes]]:
 
 def parse_qa(line: bytes) -> QA:
     """Returns the JSON object of a QA line. Raises ValueError or RecursionError if there is none."""
-    text = line.decode().strip("\ufeff\t\r\n ")  # with a byte order mark
+    text = line.decode().strip("\ufeff\t\r\n ")  # and byte order marks
     qa, end = _decode_json(text)
     if type(qa) is not dict or end < len(text):
         raise ValueError("another JSON type, or text after it")
@@ -401,7 +401,7 @@ def require_readable(path: str) -> None:
 def open_lmdb(path: str, lock: bool) -> lmdb.Environment:
     options = {"subdir": os.path.isdir(path), "lock": lock, "readonly": True, "create": False}
     try:
-        return lmdb.open(os.fsencode(path), map_size=0, **options)  # the logger's
+        return lmdb.open(os.fsencode(path), map_size=0, **options)  # 0: the logger's own
     except lmdb.MemoryError:  # `ulimit -v` allows less
         return lmdb.open(os.fsencode(path), map_size=os.path.getsize(data_file(path)), **options)
 
@@ -426,7 +426,7 @@ def run_in_child(function: Callable[..., object], *arguments: object) -> Any:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of other threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # about other threads
             child = os.fork()
     except OSError as error:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -628,7 +628,7 @@ class EntryFinder:
         self.stores: list[LmdbStore | SalvagedStore] = []
         self._unopened = list(paths)
         self._progress, self._stack = progress, stack
-        self.sample_bound = b"g"  # the sample: keys below it, so at first all hex
+        self.sample_bound = b"g"  # keys below it are the sample; all hex is below g
         self.used_keys: set[bytes] = set()  # of the sample, those of QA lines
         while not self.stores:
             self._open_next_store()

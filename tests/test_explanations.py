@@ -114,7 +114,7 @@ def test_any_template_can_be_pasted(experiment: Experiment, before: str, after: 
 
 # Prompts that no template makes.
 ODD: dict[str, Callable[[int], str]] = {
-    "options": lambda n: f"user: {LINES[n]['prompt']}\n(A) big {n % 7}\n(B) small {n}\nAnswer:",
+    "options": lambda n: f"user: {LINES[n]['prompt']}\n(A) big {n % 7}\n(B) small {n}\nYour answer:",
     "cut": lambda n: f"user: Read this: {LINES[n]['reference'][: 30 + n % 3]}…\n{LINES[n]['prompt']}",
     "lower": lambda n: f"user: {LINES[n]['prompt'].lower()} {'Briefly, ' * 30}",
     "name": lambda n: f"{random_name(n + 5000)}, {n}\nWhat is to be known of them?",
@@ -152,7 +152,7 @@ TOWNS = [{**line, "answer": f"town {n}", "lang": "en"} for n, line in enumerate(
         "a word": (LETTERS, [*JUDGES, ("model", BRIEF, [7, 12])], "model 2/60, generator 60/60, judge 60/60"),
         "notes": (TWICE, [("model", "{prompt} ({note})", range(0, 60, 2))], "model 30/60"),
         "few": (SOME, [("x", ODD["last"], 5)], "x 5/5"),
-        "a trial": (SOME, [("t", "user: {prompt}\nAnswer:", 9), ("m", ODD["options"], 60)], "t 9/60, m 60/69"),
+        "a trial": (SOME, [("t", "user: {prompt}\nYour answer:", 9), ("m", ODD["options"], 60)], "t 9/60, m 60/69"),
         "one beginning": (SOME, [("x", ODD["helpful"], 60), ("y", ODD["strict"], 59)], "x 60/119, y 59/119"),
         "an answer that is an option": (
             EXAM,
@@ -292,11 +292,11 @@ def test_near_misses_are_shown(experiment: Experiment, question: str, stored: st
 
 
 def test_near_misses_are_not_explained_by_the_numbers_in_them(experiment: Experiment) -> None:
-    experiment.ask(*[{"index": n, "prompt": f"what is 7 times {n * 7}, or {n * 3}"} for n in range(50)])
-    experiment.log_prompts(*[prompt_of(f"What is 7 times {n * 7}, or {n * 3}") for n in range(50)])
+    experiment.ask(*[{"index": n, "prompt": f"what is the number {n * 7}?"} for n in range(50)])
+    experiment.log_prompts(*[prompt_of(f"What is the number {n * 7}?") for n in range(50)])
     result = experiment.run(code=1)
     assert (census(result), result.proposals()) == ("50/50", [])
-    experiment.ask(*[f"What is 7 times {n * 7}, or {n * 3}" for n in range(50)])
+    experiment.ask(*[f"What is the number {n * 7}?" for n in range(50)])
     result = experiment.run("--prompt_template=user: Answer in one sentence.\nQ:{prompt}\nA:", code=1)
     assert given_by_proposals(experiment, result) == [answers("response", 50)]
 
@@ -318,8 +318,8 @@ MODEL, REST = ("model", DEFAULT, 30), ("rest", ODD["cut"], range(30, 60))
         "a kind that half of those matched have": (SOME, [MODEL, ("other", BRIEF, range(15, 60))], ""),
         "a kind that fewer have": (SOME, [MODEL, ("other", BRIEF, range(16, 60))], "other 30/30"),
         "no template makes the rest": (LETTERS, [MODEL, REST, ("judge", ODD["lower"], 60)], "rest 30/90"),
-        "a judge of one line less": (SOME, [("model", DEFAULT, 59), ("judge", lambda n: f"{n} or {n * 7}", 59)], ""),
-        "a generator from stripped texts": (BLANK, [MODEL, ("g", lambda n: GENERATOR.format(**SOME[n]), 60)], ""),
+        "a judge of all but one": (EXAM, [("m", DEFAULT, 59), ("judge", lambda n: f"a {n + 20} {SOME[n]}", 59)], ""),
+        "a generator of stripped texts": (BLANK, [MODEL, ("g", lambda n: SOME[n]["reference"] + "\n\n", 60)], ""),
         "each question twice": (TWICE, [MODEL, ("other", "user: Q: {prompt}", range(30, 60))], "other 30/30"),
     },
 )
